@@ -1,0 +1,320 @@
+"""S3-DiT, the Z-Image transformer: one stream of image and caption tokens, read top to bottom.
+
+    latents (B,16,H,W) --patchify--> x_embedder --noise_refiner (sees the time)----+
+                                                                                   +--> [image, caption] --layers-->
+    caption features  --cap_embedder--> context_refiner (does not see the time) ---+
+                                                       --final_layer on the image tokens--> unpatchify
+
+Shape legend:  B batch   N image tokens, padded   L caption tokens, padded   S = N + L   D model width
+               H heads   E head width (D / H)   T time-embedding width
+
+What is unusual, and easily got wrong (sources: Tongyi-MAI/Z-Image src/zimage/transformer.py, diffusers 0.42.1):
+* Time runs backwards: `t = 1 - sigma`, 0 is pure noise. The network returns x0 - noise; the pipeline negates it.
+* Both streams are padded to a multiple of 32 with *learned* tokens that are attended like any other. Only what is
+  added to even out different captions of one batch is masked.
+* RoPE has three axes (sequence, row, column). Caption token i sits at (1 + i, 0, 0), through its padding; the image at
+  (L + 1, row, column); image padding at (0, 0, 0). Pairs are interleaved, angles and rotation are float32.
+* Image tokens come first in the joint sequence. A patch lists row, column, channel, the channel running fastest.
+* The four adaLN vectors are scale, gate, scale, gate (attention, then feed-forward), used as 1 + scale and tanh(gate);
+  there is no shift. A SiLU stands before the final layer's modulation and before no other.
+
+Linears are fused as far as every file format allows: `attention.qkv` holds the rows of q, k, v, `feed_forward.w13`
+those of w1 (the gate) and w3. One read of the activations, one product. keys.py maps every file's names to these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.z_image.attention import attend
+from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
+
+
+class Captions(NamedTuple):
+    """The captions of a batch after the context refiner: the same at every step, so computed once."""
+
+    tokens_BLD: Tensor
+    lengths: tuple[int, ...]  # tokens of each caption with its learned padding; the longest is L
+
+    def repeat(self, count: int) -> Captions:
+        """The same captions for `count` times as many images, each caption's images side by side."""
+        lengths = tuple(n for n in self.lengths for _ in range(count))
+        return Captions(self.tokens_BLD.repeat_interleave(count, dim=0), lengths)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of the rotary angles, float32, (B or 1, tokens, 1, E / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class ZImageTransformer(nn.Module):
+    """The whole network. `config` gives the sizes; weights come from loader.py."""
+
+    # Entry points besides forward() that an offloader must wrap so that the weights are there when they run.
+    _offload_hooks = ("encode_captions",)
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, blocks = config.dim, config.n_refiner_layers
+        self.x_embedder = nn.Linear(config.patch_dim, dim)
+        self.x_pad_token = nn.Parameter(torch.empty(1, dim))
+        self.t_embedder = TimestepEmbedder(config.time_dim, config.time_hidden_dim)
+        self.cap_embedder = nn.Sequential(
+            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
+        )
+        self.cap_pad_token = nn.Parameter(torch.empty(1, dim))
+        self.noise_refiner = nn.ModuleList(Block(config) for _ in range(blocks))
+        self.context_refiner = nn.ModuleList(Block(config, modulated=False) for _ in range(blocks))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.final_layer = FinalLayer(config)
+        self.rope = RotaryAxes(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in: the type of the pad tokens, which no format ever packs."""
+        return self.x_pad_token.dtype
+
+    def forward(self, latents: Tensor, t: Tensor, captions: Captions | Sequence[Tensor]) -> Tensor:
+        """Predict x0 - noise.
+
+        latents: (B, 16, h, w), any float type, h and w even latent cells (picture pixels / 8).
+        t: (B,) float32 model time in [0, 1], 1 - sigma. captions: what encode_captions() returned, or its input.
+        Returns (B, 16, h, w) float32. Raises ValueError for odd sizes or a caption count other than B.
+        """
+        if not isinstance(captions, Captions):
+            captions = self.encode_captions(captions)
+        batch, _, height, width = latents.shape
+        patch = self.config.patch_size
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {width}x{height} cells do not divide into {patch}x{patch} patches")
+        if len(captions.lengths) != batch:
+            raise ValueError(f"{len(captions.lengths)} captions for {batch} latents")
+
+        rows, columns = height // patch, width // patch
+        count = rows * columns
+        image_rope, joint_rope = self.rope.for_image(captions.lengths, rows, columns, latents.device)
+        mask = _length_mask(captions.lengths, image_rope.cos.shape[1], latents.device)
+        time_BT = self.t_embedder(t * self.config.t_scale, self.dtype)
+
+        x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
+        x_BND = _pad_tokens(x_BND, image_rope.cos.shape[1], self.x_pad_token)
+        for block in self.noise_refiner:
+            x_BND = block(x_BND, image_rope, None, time_BT)
+
+        x_BSD = torch.cat([x_BND, captions.tokens_BLD], dim=1)
+        for block in self.layers:
+            x_BSD = block(x_BSD, joint_rope, mask, time_BT)
+
+        patches = self.final_layer(x_BSD[:, :count], time_BT)
+        return unpatchify(patches.float(), rows, columns, patch)
+
+    def encode_captions(self, features: Sequence[Tensor]) -> Captions:
+        """Embed and refine caption features: (tokens, cap_feat_dim) each, of any length from 1 on."""
+        lengths = tuple(_round_up(len(f)) for f in features)
+        longest = max(lengths)
+        tokens = [_pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
+                  for f, n in zip(features, lengths, strict=True)]
+        x_BLD = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tokens])
+        rope = self.rope.for_caption(longest, x_BLD.device)
+        mask = _length_mask(lengths, 0, x_BLD.device)
+        for block in self.context_refiner:
+            x_BLD = block(x_BLD, rope, mask, None)
+        return Captions(x_BLD, lengths)
+
+
+class Block(nn.Module):
+    """Attention and gated feed-forward, each normalised before and after; the time steers scales and gates."""
+
+    def __init__(self, config: TransformerConfig, *, modulated: bool = True) -> None:
+        super().__init__()
+        dim, eps = config.dim, config.norm_eps
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(dim, config.ffn_dim)
+        self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
+        self.attention_norm2 = nn.RMSNorm(dim, eps=eps)
+        self.ffn_norm1 = nn.RMSNorm(dim, eps=eps)
+        self.ffn_norm2 = nn.RMSNorm(dim, eps=eps)
+        if modulated:
+            # A Sequential of one, because every checkpoint calls it adaLN_modulation.0
+            self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * dim))
+
+    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | None, time_BT: Tensor | None) -> Tensor:
+        """One block over (B, S, D). `time_BT` is None for the context refiner, which has no modulation."""
+        if time_BT is None:
+            x_BSD = x_BSD + self.attention_norm2(self.attention(self.attention_norm1(x_BSD), rope, mask))
+            return x_BSD + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x_BSD)))
+        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time_BT)[:, None].chunk(4, dim=-1)
+        attended = self.attention(self.attention_norm1(x_BSD) * (1 + scale_a), rope, mask)
+        x_BSD = x_BSD + gate_a.tanh() * self.attention_norm2(attended)
+        fed = self.feed_forward(self.ffn_norm1(x_BSD) * (1 + scale_f))
+        return x_BSD + gate_f.tanh() * self.ffn_norm2(fed)
+
+
+class Attention(nn.Module):
+    """Full self-attention with RMS-normalised, rotated queries and keys."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+
+    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | None) -> Tensor:
+        q_BSHE, k_BSHE, v_BSHE = self.qkv(x_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        q_BSHE = rotate(self.q_norm(q_BSHE), rope)
+        k_BSHE = rotate(self.k_norm(k_BSHE), rope)
+        return self.out(attend(q_BSHE, k_BSHE, v_BSHE, mask).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), w1 and w3 stacked into one linear, w1's rows first."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        gate, value = self.w13(x_BSD).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without weights, scaled by the time, then down to patches."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.dim, config.patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
+
+    def forward(self, x_BND: Tensor, time_BT: Tensor) -> Tensor:
+        scale = 1 + self.adaLN_modulation(time_BT)[:, None]
+        return self.linear(F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6) * scale)
+
+
+class TimestepEmbedder(nn.Module):
+    """Cosines and sines of the scaled time at 128 frequencies from 1 down to 1/10000, through a small MLP."""
+
+    frequencies = 256
+
+    def __init__(self, out_dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.frequencies, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        """t: (B,) float32, scaled by 1000. Returns (B, T) in `dtype`."""
+        half = self.frequencies // 2
+        rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
+        angles = t.float()[:, None] * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
+
+
+class RotaryAxes(nn.Module):
+    """Rotary angles of (sequence, row, column) positions; no weights, tables grow from the sizes at hand."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.axes_dims, self.axes_lens, self.theta = config.axes_dims, config.axes_lens, config.rope_theta
+        self._last: tuple[object, tuple[Rotation, Rotation]] | None = None
+
+    def for_caption(self, length: int, device: torch.device) -> Rotation:
+        """Positions (1 + i, 0, 0) of the longest caption; shorter ones use its beginning."""
+        return self._rotation(_caption_positions(length), device)
+
+    def for_image(
+        self, lengths: Sequence[int], rows: int, columns: int, device: torch.device
+    ) -> tuple[Rotation, Rotation]:
+        """Rotations of the padded image tokens, and of image and caption tokens together.
+
+        lengths: padded caption lengths; the image sits one step behind its own caption, so images of captions of
+        different length have different positions. One row serves all images when all lengths are equal.
+        The tables of the last call are kept: they are the same at every step.
+        """
+        distinct = tuple(lengths[:1] if len(set(lengths)) == 1 else lengths)
+        key = (distinct, rows, columns, device)
+        if self._last is None or self._last[0] != key:
+            image = _image_positions(distinct, rows, columns)
+            caption = _caption_positions(max(distinct)).expand(len(distinct), -1, -1)
+            joint = self._rotation(torch.cat([image, caption], dim=1), device)
+            count = image.shape[1]
+            self._last = key, (Rotation(joint.cos[:, :count], joint.sin[:, :count]), joint)
+        return self._last[1]
+
+    def _rotation(self, positions: Tensor, device: torch.device) -> Rotation:
+        """positions: (B, tokens, 3) integers. Angles in float64, rounded once to float32, as the reference does.
+
+        Worked out on the CPU: some accelerators have no float64, and every device then gets the same numbers.
+        """
+        angles = []
+        for axis, width in enumerate(self.axes_dims):
+            exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
+            angles.append(positions[..., axis, None].double() / self.theta**exponents)
+        table = torch.cat(angles, dim=-1).float()[:, :, None]
+        return Rotation(table.cos().to(device), table.sin().to(device))
+
+
+def _caption_positions(length: int) -> Tensor:
+    positions = torch.zeros(1, length, 3, dtype=torch.int64, device="cpu")
+    positions[0, :, 0] = torch.arange(1, length + 1, device="cpu")
+    return positions
+
+
+def _image_positions(lengths: Sequence[int], rows: int, columns: int) -> Tensor:
+    """(len(lengths), padded image tokens, 3): one step behind the caption, then row and column; padding at 0."""
+    grid = torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
+    positions = torch.zeros(len(lengths), _round_up(len(grid)), 3, dtype=torch.int64, device="cpu")
+    positions[:, : len(grid), 0] = torch.tensor(lengths, device="cpu")[:, None] + 1
+    positions[:, : len(grid), 1:] = grid
+    return positions
+
+
+def rotate(x_BSHE: Tensor, rope: Rotation) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) by its angle, in float32; returns x's type."""
+    even, odd = x_BSHE.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos)
+    return torch.stack(turned, dim=-1).flatten(-2).type_as(x_BSHE)
+
+
+def patchify(latents: Tensor, patch: int) -> Tensor:
+    """(B, C, h, w) -> (B, h/p * w/p, p*p*C), a patch listing row, column, channel."""
+    batch, channels, height, width = latents.shape
+    x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """(B, rows * columns, p*p*C) -> (B, C, rows * p, columns * p), the inverse of patchify()."""
+    batch, _, width = patches.shape
+    channels = width // (patch * patch)
+    x = patches.reshape(batch, rows, columns, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch, columns * patch)
+
+
+def _round_up(count: int) -> int:
+    return -(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
+
+
+def _pad_tokens(x_BND: Tensor, length: int, pad_token: Tensor) -> Tensor:
+    missing = length - x_BND.shape[1]
+    if not missing:
+        return x_BND
+    return torch.cat([x_BND, pad_token.to(x_BND.dtype).expand(x_BND.shape[0], missing, -1)], dim=1)
+
+
+def _length_mask(lengths: Sequence[int], before: int, device: torch.device) -> Tensor | None:
+    """(B, 1, 1, before + L) bool, true where a key is real; None when all captions are equally long."""
+    if len(set(lengths)) == 1:
+        return None
+    ends = torch.tensor(lengths, device=device)[:, None] + before
+    return (torch.arange(before + max(lengths), device=device) < ends)[:, None, None]
