@@ -6,7 +6,6 @@ import os
 import random
 import socket
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -29,18 +28,18 @@ def _only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     def guarded(self: socket.socket, address: object) -> None:
         if self.family in (socket.AF_INET, socket.AF_INET6):
             host = address[0] if isinstance(address, tuple) else str(address)
-            assert host in ("localhost", "::1") or host.startswith("127."), f"a test tried to connect to {address}"
+            loopback = host in ("localhost", "::1") or host.startswith("127.")
+            assert loopback, f"a test tried to connect to {address}"
         connect(self, address)  # type: ignore[arg-type]
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     """Every test starts from seed 0; torch and NumPy only where a test module has imported them already."""
     random.seed(0)
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(0)
     if (torch := sys.modules.get("torch")) is not None:
         torch.manual_seed(0)
-    yield
