@@ -1,0 +1,225 @@
+"""A weights file as a list of named tensors: opened by its header alone, without torch, and read tensor by tensor.
+
+A safetensors file is eight bytes N (little-endian), N bytes of JSON, then the tensors' bytes back to back:
+
+    {"__metadata__": {text: text}, "layer.weight": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}, ...}
+
+Everything the header claims is checked against the file's size before anything else happens, so that a truncated
+download or a hostile file is named here and not met as noise in a picture. Pickles are refused, never opened.
+Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.quant.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Bits of one element.
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "C64": 64,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+# The reference reader's own limit.
+MAX_HEADER_BYTES = 100_000_000
+
+SUFFIXES = (".safetensors", ".sft")
+INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+_PICKLE_HINT = (
+    "Such files can run any program when opened, so they are never read. "
+    "Look for the same weights as .safetensors, or convert them with a tool you trust."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor as the header describes it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of one model on disk: one file, or the shards that an index lists."""
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read the header(s) of a .safetensors/.sft file, a `*.safetensors.index.json`, or a folder holding one.
+
+        Raises CheckpointError for anything that is not such a file, whole and consistent.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = _only_checkpoint_in(path)
+        if not path.is_file():
+            raise CheckpointError(f"{path}: there is no such file.")
+        files = _shards(path) if path.name.endswith(INDEX_SUFFIX) else (path,)
+        tensors: dict[str, TensorInfo] = {}
+        metadata: dict[str, str] = {}
+        for file in files:
+            header, shard_metadata = read_header(file)
+            for name in header:
+                if name in tensors:
+                    raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}.",
+                                          "The shards do not belong together; download them again.")
+            tensors.update(header)
+            metadata.update(shard_metadata)
+        return cls(path, files, tensors, metadata)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers not counted."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can."""
+        from safetensors import safe_open
+
+        wanted = list(self.tensors if names is None else names)
+        by_file: dict[Path, list[str]] = {}
+        for name in wanted:
+            by_file.setdefault(self.tensors[name].file, []).append(name)
+        result: dict[str, Tensor] = {}
+        for file, in_file in by_file.items():
+            with safe_open(str(file), framework="pt", device="cpu") as opened:
+                result.update((name, opened.get_tensor(name)) for name in in_file)
+        return result
+
+
+def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, checked against its size.
+
+    Raises CheckpointError saying what is wrong: a pickle, a truncated or foreign file, offsets that overlap, leave
+    gaps or disagree with dtype and shape, a name listed twice.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        _refuse_foreign(file, start)
+        if len(start) < 8:
+            raise CheckpointError(f"{file}: only {size} bytes, too short for a safetensors file.", "Download it again.")
+        (length,) = struct.unpack("<Q", start)
+        if length > MAX_HEADER_BYTES or 8 + length > size:
+            raise CheckpointError(
+                f"{file}: its header claims {length:,} bytes but the file has {size:,}.",
+                "It is truncated or no safetensors file; download it again.",
+            )
+        text = stream.read(length)
+    try:
+        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header is not readable JSON ({error}).", "Download it again.") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: its header is a {type(header).__name__}, not an object.", "Download it again.")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: __metadata__ is a {type(metadata).__name__}, not an object.")
+    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    _check_offsets(file, header, size - 8 - length)
+    return tensors, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _refuse_foreign(file: Path, start: bytes) -> None:
+    if file.suffix.lower() in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+        raise CheckpointError(f"{file}: a Python pickle (or zip) file.", _PICKLE_HINT)
+    if start[:4] == b"GGUF":
+        raise CheckpointError(f"{file}: a GGUF file, which this version does not read.",
+                              "Use the bf16 .safetensors file of the same model.")
+    if start[:4] in (b"<!DO", b"<htm", b"<HTM") or start.startswith(b"version "):
+        raise CheckpointError(f"{file}: a web page or a Git LFS pointer, not weights.", "Download the file itself.")
+
+
+def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{file}: its header lists {twice!r} twice.", "Download it again.")
+    return result
+
+
+def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise CheckpointError(f"{file}: {name} lacks dtype, shape or data_offsets.", "Download it again.")
+    if dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{file}: {name} has the unknown number type {dtype!r}.")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise CheckpointError(f"{file}: {name} has the impossible shape {shape}.", "Download it again.")
+    nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    if end - begin != nbytes:
+        raise CheckpointError(
+            f"{file}: {name} is {dtype} {shape}, {nbytes:,} bytes, but its offsets span {end - begin:,}.",
+            "Download it again.",
+        )
+    return TensorInfo(name, dtype, tuple(shape), nbytes, file)
+
+
+def _check_offsets(file: Path, header: Mapping[str, Any], data_bytes: int) -> None:
+    """Offsets must tile the data without gap or overlap and end where the file ends."""
+    position = 0
+    for name, (begin, end) in sorted(((n, e["data_offsets"]) for n, e in header.items()), key=lambda item: item[1]):
+        if begin != position:
+            raise CheckpointError(f"{file}: {name} starts at byte {begin:,} of the data, expected {position:,}.",
+                                  "Tensors overlap or leave a gap; download it again.")
+        position = end
+    if position != data_bytes:
+        raise CheckpointError(
+            f"{file}: its tensors take {position:,} bytes but {data_bytes:,} follow the header.",
+            "The file is truncated or has been altered; delete it and download it again.",
+        )
+
+
+def _only_checkpoint_in(folder: Path) -> Path:
+    indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if len(indexes) == 1:
+        return indexes[0]
+    if not indexes and len(files) == 1:
+        return files[0]
+    found = ", ".join(p.name for p in (indexes or files)[:5]) or "none"
+    raise CheckpointError(f"{folder}: expected one safetensors file or one index in the folder, found {found}.",
+                          "Name the file itself.")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a shard index with a weight_map ({error}).") from error
+    shards = tuple(index.parent / name for name in names)
+    for shard in shards:
+        if shard.resolve().parent != index.parent.resolve():
+            raise CheckpointError(f"{index}: names a shard outside its folder: {shard.name}.")
+        if not shard.is_file():
+            raise CheckpointError(f"{index}: shard {shard.name} is missing.", f"Put it into {index.parent}.")
+    return shards
