@@ -44,6 +44,7 @@ _ATTENTION_AND_FFN = {
     "attention.qkv": ("attention.qkv", (0, 1, 2), 3),
     "attention.to_qkv": ("attention.qkv", (0, 1, 2), 3),
     "attention.to_out.0": ("attention.out", (0,), 1),
+    "attention.to_out": ("attention.out", (0,), 1),
     "attention.norm_q": ("attention.q_norm", (0,), 1),
     "attention.norm_k": ("attention.k_norm", (0,), 1),
     "feed_forward.w1": ("feed_forward.w13", (0,), 2),

@@ -1,0 +1,220 @@
+"""The VAE: diffusers' AutoencoderKL, loaded from a file's own sizes, and a tiled decode whose seams do not exist.
+
+Why plain tiling shows seams. The decoder's 30 GroupNorms divide by the standard deviation over the *whole* picture, so
+a tile of plain sky and a tile of a face are normalised differently, however much they overlap. Blending hides the edge
+and keeps the error.
+
+What is done here. A layer is finished for all tiles before the next one begins. Each norm's statistics are summed up
+over all tiles first; then each tile, with one pixel of its neighbours around it, goes through norm, SiLU and 3x3
+convolution. That is the untiled computation in another order, exact to rounding. Attention lives in the mid block at
+1/8 of the picture's size, is cheap, and runs whole.
+
+What it costs. Two full-size activations are stored between layers (in RAM when the model runs on a GPU), and working
+memory is that of one tile: at 1024x1024 and bf16, 2 x 256 MiB stored and some 20 MiB worked on for 64-cell tiles,
+where the untiled decode holds all of it and the convolution's workspace on the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import CheckpointError, LayerMismatchError
+
+# Published Z-Image (Flux) VAE: scaling and shift of latents, groups of a norm. No tensor shows them.
+SCALING_FACTOR = 0.3611
+SHIFT_FACTOR = 0.1159
+NORM_GROUPS = 32
+
+
+def load_vae(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Build AutoencoderKL from a diffusers-named checkpoint, in `dtype` on the CPU, ready to run.
+
+    Sizes come from tensor shapes; scaling, shift and norm groups from a JSON beside the file (`config.json`, or
+    `<name>_config.json` as Wan2GP ships it), else the published Z-Image values. Raises LayerMismatchError.
+    """
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+
+    checkpoint = Checkpoint.open(path)
+    config = _sizes(checkpoint) | _given_config(checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoencoderKL(**config)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    wrong = [n for n, shape in expected.items() if n not in checkpoint.tensors or checkpoint.tensors[n].shape != shape]
+    extra = [n for n in checkpoint.tensors if n not in expected]
+    if wrong or extra:
+        raise LayerMismatchError(
+            f"{checkpoint.path}: does not fit an AutoencoderKL: {len(wrong)} tensors missing or of another shape "
+            f"({', '.join(wrong[:5])}), {len(extra)} unexpected ({', '.join(extra[:5])}).",
+            "Use the diffusers-named VAE (ZImageTurbo_VAE_bf16.safetensors).",
+        )
+    for name in expected:
+        weight = checkpoint.load([name])[name].to(dtype)
+        owner, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
+    model.to(memory_format=torch.channels_last)
+    # mmgp casts float32 weights to bfloat16 unless a model says what it is to stay in.
+    model._model_dtype = dtype
+    return model.eval()
+
+
+def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, 16, H/8, W/8) float32: the distribution's mode."""
+    dtype = next(vae.parameters()).dtype
+    latents = vae.encode(pictures.to(dtype)).latent_dist.mode().float()
+    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def decode(vae: nn.Module, latents: Tensor, tile: int = 0) -> Tensor:
+    """Normalised latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) float32 in [-1, 1].
+
+    tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only.
+    """
+    dtype = next(vae.parameters()).dtype
+    z = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    whole = not tile or max(latents.shape[-2:]) <= tile
+    picture = vae.decode(z, return_dict=False)[0] if whole else decode_tiled(vae.decoder, z, tile)
+    return picture.float().clamp(-1, 1)
+
+
+def decode_tiled(decoder: nn.Module, z: Tensor, tile: int) -> Tensor:
+    """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
+    store = torch.device("cpu")
+    x = decoder.mid_block(decoder.conv_in(z)).to(store)
+    side = tile  # of a tile, in pixels of the activation at hand
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = _resnet(resnet, x, side, z.device)
+        for upsampler in block.upsamplers or ():
+            x = _convolve(x, upsampler.conv, _upsample, side, z.device, factor=2)
+            side *= 2
+    last = _norm_and_silu(x, decoder.conv_norm_out, z.device)
+    return _convolve(x, decoder.conv_out, last, side, z.device).to(z.device)
+
+
+def _resnet(resnet: nn.Module, x: Tensor, side: int, device: torch.device) -> Tensor:
+    hidden = _convolve(x, resnet.conv1, _norm_and_silu(x, resnet.norm1, device), side, device)
+    before = _norm_and_silu(hidden, resnet.norm2, device)
+    out = x if resnet.conv_shortcut is None else x.new_empty(*hidden.shape)
+    for window in _windows(x.shape, side):
+        rows, columns = window
+        skip = x[..., rows, columns].to(device)
+        if resnet.conv_shortcut is not None:
+            skip = resnet.conv_shortcut(skip)
+        out[..., rows, columns] = (skip + _convolve_tile(hidden, resnet.conv2, before, window, 1, device)).to(out.device)
+    return out
+
+
+Before = Callable[[Tensor], Tensor]
+Window = tuple[slice, slice]
+
+
+def _convolve(
+    x: Tensor, conv: nn.Module, before: Before, side: int, device: torch.device, factor: int = 1
+) -> Tensor:
+    """conv(before(x)) tile by tile into one stored tensor, `factor` times as large."""
+    batch, _, height, width = x.shape
+    out = x.new_empty(batch, conv.out_channels, height * factor, width * factor)
+    for window in _windows(x.shape, side):
+        rows, columns = (slice(s.start * factor, s.stop * factor) for s in window)
+        out[..., rows, columns] = _convolve_tile(x, conv, before, window, factor, device).to(out.device)
+    return out
+
+
+def _convolve_tile(
+    x: Tensor, conv: nn.Module, before: Before, window: Window, factor: int, device: torch.device
+) -> Tensor:
+    """One tile's result: compute with a ring of one pixel around it where there is one, then cut the ring off."""
+    with_ring, cut = [], []
+    for piece, length in zip(window, x.shape[-2:], strict=True):
+        start = max(piece.start - 1, 0)
+        with_ring.append(slice(start, min(piece.stop + 1, length)))
+        offset = (piece.start - start) * factor
+        cut.append(slice(offset, offset + (piece.stop - piece.start) * factor))
+    tile = conv(before(x[..., with_ring[0], with_ring[1]].to(device)))
+    return tile[..., cut[0], cut[1]]
+
+
+def _upsample(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _norm_and_silu(x: Tensor, norm: nn.GroupNorm, device: torch.device) -> Before:
+    """GroupNorm with the statistics of all of x, then SiLU, as a function of any crop of x."""
+    batch, channels = x.shape[:2]
+    groups = norm.num_groups
+    total = torch.zeros(batch, groups, dtype=torch.float64, device=x.device)
+    squares = torch.zeros_like(total)
+    for row in range(0, x.shape[2], 64):  # bands, so that no float32 copy of all of x is made
+        band = x[:, :, row : row + 64].float().reshape(batch, groups, -1)
+        total += band.sum(-1, dtype=torch.float64)
+        squares += band.square().sum(-1, dtype=torch.float64)
+    count = x[0].numel() // groups
+    mean = total / count
+    deviation = (squares / count - mean.square()).clamp(min=0).add(norm.eps).sqrt()
+    per_channel = (batch, groups, channels // groups)
+    mean_C = mean[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
+    deviation_C = deviation[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
+
+    def apply(crop: Tensor) -> Tensor:
+        weight, bias = (p.to(device).float()[None, :, None, None] for p in (norm.weight, norm.bias))
+        return F.silu((crop.float() - mean_C) / deviation_C * weight + bias).to(crop.dtype)
+
+    return apply
+
+
+def _windows(shape: torch.Size, side: int) -> Iterator[Window]:
+    """Tiles of `side` pixels that cover the last two axes; the last of a row or column may be short."""
+    height, width = shape[-2:]
+    for row in range(0, height, side):
+        for column in range(0, width, side):
+            yield slice(row, min(row + side, height)), slice(column, min(column + side, width))
+
+
+def _given_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Scaling, shift and norm groups from a JSON beside the file."""
+    keys = ("scaling_factor", "shift_factor", "norm_num_groups")
+    for path in (checkpoint.path.with_name(f"{checkpoint.path.stem}_config.json"), checkpoint.path.with_name("config.json")):
+        if path.is_file():
+            try:
+                given = json.loads(path.read_text(encoding="utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise CheckpointError(f"{path}: not readable JSON ({error}).") from error
+            if isinstance(given, dict) and "scaling_factor" in given:
+                return {k: given[k] for k in keys if k in given}
+    return {}
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    try:
+        blocks = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.down_blocks."))
+        channels = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"][0] for i in range(blocks))
+        layers = 1 + max(int(n.split(".")[4]) for n in shapes if n.startswith("encoder.down_blocks.0.resnets."))
+        latent_channels = shapes["decoder.conv_in.weight"][1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise LayerMismatchError(f"{checkpoint.path}: not an AutoencoderKL in diffusers naming ({error}).",
+                                 "`wgp.py inspect FILE` says what it looks like.") from error
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "latent_channels": latent_channels,
+        "norm_num_groups": NORM_GROUPS if channels[0] % NORM_GROUPS == 0 else 1,
+        "scaling_factor": SCALING_FACTOR,
+        "shift_factor": SHIFT_FACTOR,
+        "mid_block_add_attention": "decoder.mid_block.attentions.0.to_q.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+    }

@@ -1,0 +1,161 @@
+"""Prompt to picture in three stages: encode, denoise (a generator, one Step at a time), decode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+import shared.samplers as samplers
+from models.z_image import autoencoder
+from models.z_image.request import GenerateRequest
+from models.z_image.text_encoder import TextEncoder
+from models.z_image.transformer import Captions, ZImageTransformer
+from shared.quant.errors import RunError, UserError
+
+T = TypeVar("T")
+
+
+class Step(NamedTuple):
+    """State after one step of the sampler."""
+
+    index: int  # 0-based
+    total: int
+    sigma: float  # noise level that is left, 0 after the last step
+    latents: Tensor  # (B, 16, h, w) float32
+
+
+@dataclass
+class Report:
+    """What a generation really did. Seconds are wall-clock, the device waited for."""
+
+    forwards: int = 0  # calls of the network per picture; a guided step counts two
+    sigmas: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class ZImagePipeline:
+    """The three modules at work on `device`; where their weights lie between calls is an offloader's business."""
+
+    def __init__(
+        self, transformer: ZImageTransformer, text_encoder: TextEncoder, vae: nn.Module, device: torch.device
+    ) -> None:
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.device = device
+        self.report = Report()
+
+    def __call__(
+        self,
+        request: GenerateRequest,
+        on_step: Callable[[Step], None] | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Tensor | None:
+        """Draw a batch: (B, 3, H, W) float32 in [-1, 1], or None when should_stop() turned true between steps.
+
+        Raises RunError naming the stage whose numbers are not finite.
+        """
+        self.report = Report()
+        positive, negative = self._timed("text", lambda: self.encode(request))
+        latents: Tensor | None = None
+        began = time.perf_counter()
+        for step in self.denoise(request, positive, negative):
+            latents = step.latents
+            if on_step is not None:
+                on_step(step)
+            if should_stop():
+                return None
+        self._seconds("denoise", began)
+        assert latents is not None  # a request has at least one step
+        if should_stop():
+            return None
+        _require_finite(latents, "the latents after the last step")
+        pictures = self._timed("decode", lambda: self.decode(latents, request.tile))
+        _require_finite(pictures, "the decoded picture")
+        return pictures
+
+    def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
+        """Features (tokens, width) of the prompt, and of the negative prompt when the guidance will need it."""
+        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance.scale > 0 else [])
+        features = self.text_encoder.encode(prompts, self.device)
+        for prompt, feature in zip(prompts, features, strict=True):
+            _require_finite(feature, f"the text encoder's features of {prompt!r:.60}")
+        return features[0], features[1] if len(features) > 1 else None
+
+    @torch.no_grad()
+    def denoise(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None = None) -> Iterator[Step]:
+        """Yield a Step after each step of the request's sampler, starting from the seeds' noise."""
+        sampler = _sampler(request.sampler)
+        sigmas = sampler.schedule(request.steps, request.shift)
+        self.report.sigmas = sigmas
+        count = len(request.seeds)
+        captions, both = self._captions(positive, negative, count)
+        guidance = request.guidance
+
+        def predict(latents: Tensor, sigma: float) -> Tensor:
+            if both is None or not guidance.active(sigma):
+                self.report.forwards += 1
+                return -self.transformer(latents, self._time(sigma, count), captions)
+            self.report.forwards += 2
+            answers = self.transformer(latents.repeat(2, 1, 1, 1), self._time(sigma, 2 * count), both)
+            return -guidance.combine(*answers.chunk(2))
+
+        latents = noise(request.seeds, request.height, request.width, self.transformer.config.in_channels)
+        latents = latents.to(self.device)
+        for index, latents in enumerate(sampler.sample(predict, latents, sigmas)):
+            yield Step(index, request.steps, sigmas[index + 1], latents)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
+        """Latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1], one at a time: a batch needs no more memory."""
+        return torch.cat([autoencoder.decode(self.vae, z[None], tile).cpu() for z in latents])
+
+    def _captions(self, positive: Tensor, negative: Tensor | None, count: int) -> tuple[Captions, Captions | None]:
+        """The refined prompt for each picture, and prompt and negative prompt for both halves of a guided call."""
+        captions = self.transformer.encode_captions([positive]).repeat(count)
+        if negative is None:
+            return captions, None
+        return captions, self.transformer.encode_captions([positive, negative]).repeat(count)
+
+    def _time(self, sigma: float, count: int) -> Tensor:
+        """The network's time runs from 0 (noise) to 1 (data)."""
+        return torch.full((count,), 1 - sigma, dtype=torch.float32, device=self.device)
+
+    def _timed(self, stage: str, work: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = work()
+        self._seconds(stage, began)
+        return result
+
+    def _seconds(self, stage: str, began: float) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.synchronize(self.device)
+        self.report.seconds[stage] = time.perf_counter() - began
+
+
+def noise(seeds: Sequence[int], height: int, width: int, channels: int) -> Tensor:
+    """Starting latents (B, channels, height / 8, width / 8) float32, each from its own seed.
+
+    Drawn on the CPU so that a seed gives the same start on every device, alone or in a batch.
+    """
+    shape = (channels, height // 8, width // 8)
+    generators = (torch.Generator("cpu").manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.randn(shape, generator=g, device="cpu", dtype=torch.float32) for g in generators])
+
+
+def _sampler(name: str) -> samplers.Sampler:
+    try:
+        return samplers.get(name)
+    except KeyError:
+        raise UserError(f"There is no sampler {name!r}.", f"Known: {', '.join(samplers.names())}.") from None
+
+
+def _require_finite(tensor: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise RunError(f"Not drawn: {what} hold NaN or infinite numbers.",
+                       "Weights or their number format do not suit this device; try another dtype or file.")

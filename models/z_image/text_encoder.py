@@ -1,0 +1,153 @@
+"""Prompt to caption features: Qwen3's hidden states after its second-to-last layer, for the prompt's own tokens only.
+
+The transformer was trained on `hidden_states[-2]`, so the encoder's last layer and its final norm are never used: they
+are neither loaded nor run. Neither is the padding to 512 tokens that other pipelines compute and throw away; attention
+is causal, so padding on the right changes nothing (difference 9e-9 on a toy model).
+Source: diffusers 0.42.1 pipelines/z_image/pipeline_z_image.py, _encode_prompt.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
+from shared.quant.checkpoint import Checkpoint, TensorInfo
+from shared.quant.errors import LayerMismatchError, UnknownFormatError, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Qwen3's chat template with thinking enabled and no system message, rendered.
+TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+# Caption and image share the first rotary axis: 1536 positions, of which the image takes one.
+MAX_TOKENS = AXES_LENS[0] - SEQUENCE_MULTIPLE
+
+# Qwen3 constants that no tensor shows: Qwen/Qwen3-4B config.json.
+ROPE_THETA = 1_000_000.0
+NORM_EPS = 1e-6
+
+# An embedding is about 2560 numbers a token, so this many prompts of 100 tokens take some 130 MB.
+CACHE_SIZE = 128
+
+
+class TextEncoder:
+    """Tokenizer and encoder together, with a memory of the last prompts (features are kept on the CPU)."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self.encoded = 0  # prompts that were really run, for tests and reports
+
+    def encode(self, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
+        """Features of each prompt, (tokens, width) in the encoder's type on `device`.
+
+        Raises UserError for a prompt of more than 1504 tokens, the most that the transformer has positions for.
+        """
+        return [self._features(prompt, device).to(device) for prompt in prompts]
+
+    def _features(self, prompt: str, device: torch.device) -> Tensor:
+        if prompt in self._cache:
+            self._cache.move_to_end(prompt)
+            return self._cache[prompt]
+        ids = self.tokenizer(TEMPLATE.format(prompt=prompt), add_special_tokens=False)["input_ids"]
+        if len(ids) > MAX_TOKENS:
+            raise UserError(f"The prompt has {len(ids)} tokens; the model takes at most {MAX_TOKENS}.", "Shorten it.")
+        with torch.no_grad():
+            output = self.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+        features = output.last_hidden_state[0].cpu()
+        self.encoded += 1
+        self._cache[prompt] = features
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return features
+
+
+def load_text_encoder(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """Build Qwen3 without its last layer and final norm from a checkpoint's own sizes, in `dtype` on the CPU.
+
+    Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`). Its output's
+    last_hidden_state is the whole model's hidden_states[-2]. Raises LayerMismatchError or UnknownFormatError.
+    """
+    from accelerate import init_empty_weights
+    from transformers import Qwen3Config, Qwen3Model
+
+    checkpoint = Checkpoint.open(path)
+    tensors = _named(checkpoint)
+    sizes = _sizes(checkpoint, tensors)
+    config = Qwen3Config(**sizes, rms_norm_eps=NORM_EPS, rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+                         use_cache=False, attn_implementation="sdpa", dtype=dtype)
+    with init_empty_weights(include_buffers=False):
+        model = Qwen3Model(config)
+    model.norm = nn.Identity()
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _check(checkpoint, tensors, expected)
+    for name in expected:
+        weight = checkpoint.load([tensors[name].name])[tensors[name].name].to(dtype)
+        owner, _, parameter = name.rpartition(".")
+        setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
+    return model.eval()
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer files of a folder, never from a network. Raises UserError when they are not there."""
+    from transformers import AutoTokenizer
+
+    if not (Path(folder) / "tokenizer_config.json").is_file():
+        raise UserError(f"No tokenizer in {folder} (tokenizer.json, tokenizer_config.json).",
+                        "It comes with the text encoder: Z-Image uses Qwen3's.")
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def _named(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """The encoder's tensors without their prefix."""
+    landmark = "embed_tokens.weight"
+    prefix = next((n[: -len(landmark)] for n in checkpoint.tensors if n.endswith(landmark)), None)
+    if prefix is None:
+        raise LayerMismatchError(f"{checkpoint.path}: no Qwen3 text encoder in this file ({landmark} is missing).",
+                                 "`wgp.py inspect FILE` says what it looks like.")
+    return {n[len(prefix) :]: info for n, info in checkpoint.tensors.items() if n.startswith(prefix)}
+
+
+def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Qwen3Config's sizes, one layer fewer than the file has."""
+    try:
+        vocabulary, hidden = tensors["embed_tokens.weight"].shape
+        head = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
+        layers = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("layers."))
+        return {
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+            "num_hidden_layers": layers - 1,
+            "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head,
+            "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head,
+            "head_dim": head,
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise LayerMismatchError(f"{checkpoint.path}: not a plain Qwen3 text encoder ({error}).",
+                                 "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).") from error
+
+
+def _check(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [n for n in expected if n not in tensors]
+    misshapen = [n for n, shape in expected.items() if n in tensors and tensors[n].shape != shape]
+    if missing or misshapen:
+        raise LayerMismatchError(
+            f"{checkpoint.path}: {len(missing)} text encoder tensors are missing ({', '.join(missing[:5])}), "
+            f"{len(misshapen)} have another shape ({', '.join(misshapen[:5])}).",
+            "The file is truncated or belongs to another model.",
+        )
+    packed = [n for n in expected if tensors[n].dtype not in ("F32", "F16", "BF16")]
+    if packed:
+        raise UnknownFormatError(
+            f"{checkpoint.path}: {len(packed)} tensors are packed (first: {packed[0]}, {tensors[packed[0]].dtype}).",
+            "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).",
+        )

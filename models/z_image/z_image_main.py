@@ -1,0 +1,166 @@
+"""model_factory: the object a host holds. It loads the three modules and turns generate()'s keywords into a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib import import_module, util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.z_image import lora
+from models.z_image.autoencoder import load_vae
+from models.z_image.loader import load_transformer
+from models.z_image.pipeline import Step, ZImagePipeline
+from models.z_image.request import from_host_kwargs
+from models.z_image.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
+from shared.quant.errors import UserError
+from shared.utils.files_locator import locate_file, locate_folder
+
+# Names in DeepBeepMeep/Z-Image, which every Wan2GP installation uses; first found is taken.
+TEXT_ENCODER_FILES = ("Qwen3/qwen3_bf16.safetensors", "qwen3_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors")
+TOKENIZER_FOLDER = "Qwen3"
+VAE_FILES = ("ZImageTurbo_VAE_bf16.safetensors", "vae/ZImageTurbo_VAE_bf16.safetensors")
+
+StepCallback = Callable[..., None]
+
+
+class model_factory:  # noqa: N801  the name every Wan2GP family uses
+    """Loads a Z-Image model on construction; `generate` draws with it.
+
+    transformer, text_encoder, vae: nn.Modules for an offloader to place. `device`: where they compute; "cuda" when
+    there is one, as under mmgp, settable by the host. `_interrupt`: set to True from any thread, generate() returns
+    None within one step.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_filename: str | Path | Sequence[str | Path],
+        model_type: str | None = None,
+        base_model_type: str | None = None,
+        model_def: Mapping[str, Any] | None = None,
+        text_encoder_filename: str | Path | None = None,
+        vae_filename: str | Path | None = None,
+        tokenizer_folder: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+        VAE_dtype: torch.dtype | None = None,  # noqa: N803  the host's spelling
+        **_: Any,
+    ) -> None:
+        files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
+        if not files or not files[0]:
+            raise UserError("No transformer file was given.", "Pass model_filename=<path of a .safetensors file>.")
+        self.model_type, self.base_model_type = model_type, base_model_type
+        self.model_def = dict(model_def or {})
+        paths = [_locate(f) for f in files]
+        beside = paths[0].parent
+        dtype = dtype or torch.bfloat16
+
+        encoder_path = _first("text encoder", text_encoder_filename, beside / "text_encoder" / "model.safetensors",
+                              *TEXT_ENCODER_FILES)
+        vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *VAE_FILES)
+        self.tokenizer = load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
+        self.text_encoder: nn.Module = load_text_encoder(encoder_path, dtype)
+        self.vae: nn.Module = load_vae(vae_path, VAE_dtype or torch.float32)
+        self.transformer = load_transformer(paths, dtype)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.pipeline = ZImagePipeline(
+            self.transformer, TextEncoder(self.text_encoder, self.tokenizer), self.vae, device
+        )
+        self._interrupt = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipeline.device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self.pipeline.device = device
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Of the last generate(): `forwards` per picture, `sigmas`, `seconds` for text, denoise and decode."""
+        return asdict(self.pipeline.report)
+
+    def generate(
+        self,
+        *,
+        callback: StepCallback | None = None,
+        loras_slists: Any = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Draw: (3, N, H, W) float32 in [-1, 1] for a batch of N, or None when interrupted.
+
+        Keywords are the host's (wan2gp-contract C1d); request.py reads the ones that matter here. callback is called
+        as callback(-1, None, True, steps) first, then callback(i, latents of the first picture (16, 1, h, w), False).
+        Raises UserError for what cannot be drawn, RunError when the result is not finite.
+        """
+        request = from_host_kwargs(self.model_def, kwargs)
+        announce = _host_lora_steps(self.transformer, loras_slists, request.steps)
+        if callback is not None:
+            callback(-1, None, True, request.steps)
+        announce(0)
+
+        def on_step(step: Step) -> None:
+            if callback is not None:
+                callback(step.index, step.latents[0][:, None], False)
+            if step.index + 1 < step.total:
+                announce(step.index + 1)
+
+        pictures = self.pipeline(request, on_step, lambda: self._interrupt)
+        return None if pictures is None else pictures.transpose(0, 1)
+
+    def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[float]) -> list[lora.Match]:
+        """Put these LoRA files, and no others, beside the transformer's linears; an empty list takes all off."""
+        return lora.apply(self.transformer, [lora.read(Path(f)) for f in files], multipliers)
+
+    def get_loras_transformer(self, *_: Any, **__: Any) -> tuple[list[str], list[float]]:
+        """LoRAs the model itself wants besides the user's: none."""
+        return [], []
+
+
+def _locate(name: str | Path) -> Path:
+    path = Path(name)
+    if path.exists():
+        return path
+    found = locate_file(str(name), error_if_none=False)
+    if found is None:
+        raise UserError(f"{name}: there is no such file here or in the checkpoint folders.", "Check the path.")
+    return Path(found)
+
+
+def _first(role: str, given: str | Path | None, *candidates: str | Path) -> Path:
+    """The given file, else the first candidate that exists here or in a checkpoint folder."""
+    if given:
+        return _locate(given)
+    for candidate in candidates:
+        if Path(candidate).is_file():
+            return Path(candidate)
+        found = None if Path(candidate).is_absolute() else locate_file(str(candidate), error_if_none=False)
+        if found:
+            return Path(found)
+    names = ", ".join(str(c) for c in candidates)
+    raise UserError(f"No {role} was given and none was found (looked for {names}).", "Name it, or put it there.")
+
+
+def _tokenizer_folder(given: str | Path | None, model_def: Mapping[str, Any], encoder: Path) -> Path:
+    if given:
+        return Path(given)
+    if (encoder.parent / "tokenizer_config.json").is_file():
+        return encoder.parent
+    folder = str(model_def.get("text_encoder_folder") or TOKENIZER_FOLDER)
+    return Path(locate_folder(folder, error_if_none=False) or encoder.parent)
+
+
+def _host_lora_steps(transformer: nn.Module, schedule: Any, steps: int) -> Callable[[int], None]:
+    """How a host's own LoRAs (mmgp's, scheduled per step) learn which step is next; does nothing without them."""
+    host_module = "shared.utils.loras_mutipliers"
+    if schedule is None or util.find_spec("mmgp") is None or util.find_spec(host_module) is None:
+        return lambda _: None
+    from mmgp import offload
+
+    import_module(host_module).update_loras_slists(transformer, schedule, steps)
+    return lambda step: offload.set_step_no_for_lora(transformer, step)
