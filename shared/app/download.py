@@ -1,0 +1,332 @@
+"""Where weights files are: found on this machine first, downloaded into the first root when missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from shared.app.hub import (
+    DownloadCancelled,
+    DownloadProgress,
+    HubFile,
+    by_hand,
+    download,
+    hub_endpoint,
+    parse_hub_url,
+)
+from shared.quant.errors import UserError
+
+__all__ = ["DownloadCancelled", "DownloadProgress", "FileStore", "default_hub_cache"]
+
+# Folders are listed this deep below a root: ComfyUI/models/diffusion_models/<own folder>/<own folder>.
+SEARCH_DEPTH = 5
+SEARCH_FOLDERS = 5000  # a root like "/" is not searched to its end
+LISTING_SECONDS = 5.0  # a listing is renewed after this time when a file is not in it
+
+# Names that say nothing about the model: they count only inside a folder that names their repository.
+GENERIC_STEM = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model|adapter_model|pytorch_lora_weights|lora|transformer|vae"
+    r"|text_encoder|(model_)?index|config|generation_config|preprocessor_config|scheduler_config"
+    r"|tokenizer|tokenizer_config|special_tokens_map|added_tokens|chat_template|vocab|merges|README)"
+    r"([-_.](fp16|bf16|fp32))?(-\d{5}-of-\d{5})?(\.safetensors\.index)?",
+    re.IGNORECASE,
+)
+
+
+def default_hub_cache() -> Path:
+    """The Hugging Face cache folder, where huggingface_hub has it (not imported for this: it takes time)."""
+    environ = os.environ
+    if cache := environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(cache).expanduser()
+    home = environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return Path(home).expanduser() / "hub"
+
+
+class FileStore:
+    """Finds the files that presets name, and downloads those that are missing.
+
+    program_folder holds the files that belong to the program ("file:" addresses). roots are searched in
+    order; downloads go into the first. Further roots may be Wan2GP's ckpts folder or ComfyUI's models folder:
+    their subfolders are searched too. hub_cache is a Hugging Face cache (default_hub_cache()) or None.
+    """
+
+    def __init__(
+        self,
+        program_folder: Path,
+        roots: Sequence[Path],
+        hub_cache: Path | None = None,
+        *,
+        endpoint: str | None = None,
+    ) -> None:
+        if not roots:
+            raise ValueError("FileStore needs at least one root: downloads go into the first")
+        self.program_folder = program_folder
+        self.roots = tuple(roots)
+        self.hub_cache = hub_cache
+        self.endpoint = endpoint or hub_endpoint()
+        self._listings = {root: _Listing(root) for root in self.roots}
+        self._hashes = _HashCache(program_folder / ".cache" / "sha256.json")
+
+    def find(self, url_or_path: str, *, subfolder: str = "") -> Path | None:
+        """The file on this machine, or None. Uses no network.
+
+        url_or_path: a Hub address, "file:" and a path inside the program folder, or a path: absolute, or
+        relative to a root. subfolder: where below the first root a download would go; looked at first.
+        """
+        if url_or_path.startswith("file:"):
+            return _existing(self._program_file(url_or_path))
+        if not _is_url(url_or_path):
+            return self._find_path(url_or_path, subfolder)
+        file = parse_hub_url(url_or_path, self.endpoint)
+        if file is None:
+            return self._find_named(_name_in(url_or_path), subfolder)
+        return self._find_named(file.name, subfolder, file) or self._find_in_hub_cache(file)
+
+    def target(self, url: str, *, subfolder: str = "") -> Path:
+        """Where a download of this address goes (and where to put the file by hand)."""
+        file = parse_hub_url(url, self.endpoint)
+        if file is not None and not subfolder and _is_generic(file.name):
+            return self.roots[0] / _repository_place(file)
+        return self.roots[0] / _checked(subfolder) / (file.name if file else _name_in(url))
+
+    def ensure(
+        self,
+        url_or_path: str,
+        *,
+        subfolder: str = "",
+        on_progress: Callable[[DownloadProgress], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Path:
+        """The file on this machine, downloaded first when it is missing.
+
+        should_stop is asked several times a second. Raises UserError and RunError with what to do by hand,
+        and DownloadCancelled; what has arrived is continued by the next call, in this run or a later one.
+        """
+        if found := self.find(url_or_path, subfolder=subfolder):
+            return found
+        file = self._hub_file_or_raise(url_or_path, subfolder)
+        target = self.target(url_or_path, subfolder=subfolder)
+        with self._only_one(target, should_stop):
+            if not _whole_file(target):  # another process may have brought it while this one waited
+                sha256 = download(
+                    file, target, endpoint=self.endpoint, on_progress=on_progress, should_stop=should_stop
+                )
+                self._hashes.put(target, sha256)
+        return target
+
+    def sha256(self, path: Path) -> str:
+        """A file's SHA-256 as 64 hex digits; a 12 GB file is read once, then known by its size and time."""
+        return self._hashes.get(path)
+
+    # ------------------------------------------------------------------------------------ finding
+
+    def _program_file(self, address: str) -> Path:
+        return self.program_folder / address.removeprefix("file:").removeprefix("//")
+
+    def _find_path(self, path: str, subfolder: str) -> Path | None:
+        local = Path(path).expanduser()
+        if local.is_absolute():
+            return _existing(local)
+        places = (*(root / local for root in self.roots), self.program_folder / local)
+        for place in places:
+            if found := _existing(place):
+                return found
+        return self._find_named(local.name, subfolder) if local.name == path else None
+
+    def _find_named(self, name: str, subfolder: str, file: HubFile | None = None) -> Path | None:
+        """A file by its name: in the subfolder, at the top, then anywhere below a root.
+
+        A generic name counts only in the subfolder or in a folder of its repository's name.
+        """
+        generic = _is_generic(name)
+        places = [_checked(subfolder) / name] if subfolder or not generic else []
+        if generic and file is not None:
+            places.append(_repository_place(file))
+        elif not generic:
+            places.append(Path(name))
+        for root in self.roots:
+            for place in places:
+                if found := _whole_file(root / place):
+                    return found
+        for root in self.roots if not generic else ():
+            if hits := [hit for hit in self._listings[root].named(name) if _whole_file(hit)]:
+                like = file.path if file else name
+                return max(hits, key=lambda hit: (_common_end(hit, like), -len(hit.parts)))
+        return None
+
+    def _find_in_hub_cache(self, file: HubFile) -> Path | None:
+        """Look into the cache by its documented layout: refs/<branch> names a snapshot of links to files."""
+        if self.hub_cache is None:
+            return None
+        repo = self.hub_cache / f"models--{file.repo_id.replace('/', '--')}"
+        try:
+            commit = (repo / "refs" / file.revision).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
+            commit = file.revision  # an address may name a commit itself
+        return _whole_file(repo / "snapshots" / commit / file.path)
+
+    # ------------------------------------------------------------------------------------ downloading
+
+    def _hub_file_or_raise(self, address: str, subfolder: str) -> HubFile:
+        if address.startswith("file:"):
+            raise UserError(
+                f"{self._program_file(address)} is missing, although it belongs to the program.",
+                "Restore it from the repository.",
+            )
+        if not _is_url(address):
+            folders = ", ".join(str(root) for root in self.roots)
+            raise UserError(
+                f"{address} is not on this machine; looked in {folders}.",
+                "Put it into one of these folders, or name its folder with --ckpts.",
+            )
+        file = parse_hub_url(address, self.endpoint)
+        if file is None:
+            raise UserError(
+                f"{address} is no address of a file on the Hugging Face Hub (https://huggingface.co/OWNER/REPO/"
+                "resolve/main/FILE), and other addresses cannot be downloaded.",
+                by_hand(address, self.target(address, subfolder=subfolder)),
+            )
+        return file
+
+    @contextmanager
+    def _only_one(self, target: Path, should_stop: Callable[[], bool] | None) -> Iterator[None]:
+        """Keep a second process (the page beside a command) from writing the same file."""
+        from filelock import FileLock, Timeout
+
+        folder = self.roots[0] / ".cache" / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        place = target.relative_to(self.roots[0]).as_posix().replace("/", "--")
+        lock = FileLock(folder / f"{place}.lock")
+        while not lock.is_locked:
+            try:
+                lock.acquire(timeout=0.2)
+            except Timeout:
+                if should_stop is not None and should_stop():
+                    message = f"Stopped waiting for another download of {target.name}."
+                    raise DownloadCancelled(message) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+class _Listing:
+    """The files below a root by their lower-case name, listed when first needed."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._files: dict[str, list[Path]] = {}
+        self._listed: float | None = None
+
+    def named(self, name: str) -> list[Path]:
+        key = name.lower()
+        stale = self._listed is None or time.monotonic() - self._listed > LISTING_SECONDS
+        if key not in self._files and stale:
+            self._list()
+        return self._files.get(key, [])
+
+    def _list(self) -> None:
+        self._files = {}
+        for visited, (folder, subfolders, names) in enumerate(os.walk(self._root, followlinks=True), start=1):
+            depth = len(Path(folder).relative_to(self._root).parts)
+            if depth >= SEARCH_DEPTH or visited >= SEARCH_FOLDERS:
+                subfolders.clear()
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
+            for name in names:
+                self._files.setdefault(name.lower(), []).append(Path(folder, name))
+        self._listed = time.monotonic()
+
+
+class _HashCache:
+    """SHA-256 by path, size and time of change, kept in a JSON file of the program folder."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> str:
+        with self._lock:
+            match self._read().get(str(path.resolve())):
+                case [size, time_ns, str(digest)] if [size, time_ns] == _stamp(path):
+                    return digest
+        with path.open("rb") as file:
+            stamp, digest = _stamp(path), hashlib.file_digest(file, "sha256").hexdigest()
+        self._write(path, stamp, digest)
+        return digest
+
+    def put(self, path: Path, digest: str) -> None:
+        self._write(path, _stamp(path), digest)
+
+    def _read(self) -> dict[str, object]:
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # only a saving of time: without it files are hashed again
+        return known if isinstance(known, dict) else {}
+
+    def _write(self, path: Path, stamp: list[int], digest: str) -> None:
+        with self._lock:
+            known = self._read() | {str(path.resolve()): [*stamp, digest]}
+            fresh = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
+            try:
+                self._file.parent.mkdir(parents=True, exist_ok=True)
+                fresh.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                os.replace(fresh, self._file)
+            except OSError:
+                return  # a read-only program folder: hashed again next time
+
+
+def _stamp(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _is_url(address: str) -> bool:
+    return address.startswith(("https://", "http://"))
+
+
+def _is_generic(name: str) -> bool:
+    return GENERIC_STEM.fullmatch(name.rpartition(".")[0] or name) is not None
+
+
+def _repository_place(file: HubFile) -> Path:
+    """Where below a root a file lies whose name says nothing: under its repository's name."""
+    return Path(file.repo_id.split("/")[1], file.path)
+
+
+def _name_in(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name
+
+
+def _checked(subfolder: str) -> Path:
+    path = Path(subfolder)
+    if path.anchor or ".." in path.parts:
+        raise UserError(f'"{subfolder}" is not a folder below the checkpoint folder.', "Use a relative name.")
+    return path
+
+
+def _existing(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _whole_file(path: Path) -> Path | None:
+    """The path if it is a file with content (links into nowhere and empty leftovers are not)."""
+    return path if path.is_file() and path.stat().st_size > 0 else None
+
+
+def _common_end(path: Path, like: str) -> int:
+    """How many last path components two paths share."""
+    count = 0
+    for ours, theirs in zip(reversed(path.parts), reversed(PurePosixPath(like).parts), strict=False):
+        if ours.lower() != theirs.lower():
+            break
+        count += 1
+    return count
