@@ -28,13 +28,18 @@ from torch import Tensor, nn
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError
 
+# diffusers ships no types: its modules are known by the attributes used here.
+Module = Any
+Before = Callable[[Tensor], Tensor]
+Window = tuple[slice, slice]
+
 # Published Z-Image (Flux) VAE: scaling and shift of latents, groups of a norm. No tensor shows them.
 SCALING_FACTOR = 0.3611
 SHIFT_FACTOR = 0.1159
 NORM_GROUPS = 32
 
 
-def load_vae(path: str | Path, dtype: torch.dtype) -> nn.Module:
+def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
     """Build AutoencoderKL from a diffusers-named checkpoint, in `dtype` on the CPU, ready to run.
 
     Sizes come from tensor shapes; scaling, shift and norm groups from a JSON beside the file (`config.json`, or
@@ -66,14 +71,14 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
+def encode(vae: Module, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, 16, H/8, W/8) float32: the distribution's mode."""
     dtype = next(vae.parameters()).dtype
     latents = vae.encode(pictures.to(dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode(vae: nn.Module, latents: Tensor, tile: int = 0) -> Tensor:
+def decode(vae: Module, latents: Tensor, tile: int = 0) -> Tensor:
     """Normalised latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) float32 in [-1, 1].
 
     tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only.
@@ -85,7 +90,7 @@ def decode(vae: nn.Module, latents: Tensor, tile: int = 0) -> Tensor:
     return picture.float().clamp(-1, 1)
 
 
-def decode_tiled(decoder: nn.Module, z: Tensor, tile: int) -> Tensor:
+def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
     """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
     store = torch.device("cpu")
     x = decoder.mid_block(decoder.conv_in(z)).to(store)
@@ -100,7 +105,7 @@ def decode_tiled(decoder: nn.Module, z: Tensor, tile: int) -> Tensor:
     return _convolve(x, decoder.conv_out, last, side, z.device).to(z.device)
 
 
-def _resnet(resnet: nn.Module, x: Tensor, side: int, device: torch.device) -> Tensor:
+def _resnet(resnet: Module, x: Tensor, side: int, device: torch.device) -> Tensor:
     hidden = _convolve(x, resnet.conv1, _norm_and_silu(x, resnet.norm1, device), side, device)
     before = _norm_and_silu(hidden, resnet.norm2, device)
     out = x if resnet.conv_shortcut is None else x.new_empty(*hidden.shape)
@@ -109,17 +114,13 @@ def _resnet(resnet: nn.Module, x: Tensor, side: int, device: torch.device) -> Te
         skip = x[..., rows, columns].to(device)
         if resnet.conv_shortcut is not None:
             skip = resnet.conv_shortcut(skip)
-        out[..., rows, columns] = (skip + _convolve_tile(hidden, resnet.conv2, before, window, 1, device)).to(out.device)
+        out[..., rows, columns] = (skip + _convolve_tile(hidden, resnet.conv2, before, window, 1, device)).to(
+            out.device
+        )
     return out
 
 
-Before = Callable[[Tensor], Tensor]
-Window = tuple[slice, slice]
-
-
-def _convolve(
-    x: Tensor, conv: nn.Module, before: Before, side: int, device: torch.device, factor: int = 1
-) -> Tensor:
+def _convolve(x: Tensor, conv: Module, before: Before, side: int, device: torch.device, factor: int = 1) -> Tensor:
     """conv(before(x)) tile by tile into one stored tensor, `factor` times as large."""
     batch, _, height, width = x.shape
     out = x.new_empty(batch, conv.out_channels, height * factor, width * factor)
@@ -130,7 +131,7 @@ def _convolve(
 
 
 def _convolve_tile(
-    x: Tensor, conv: nn.Module, before: Before, window: Window, factor: int, device: torch.device
+    x: Tensor, conv: Module, before: Before, window: Window, factor: int, device: torch.device
 ) -> Tensor:
     """One tile's result: compute with a ring of one pixel around it where there is one, then cut the ring off."""
     with_ring, cut = [], []
@@ -182,7 +183,10 @@ def _windows(shape: torch.Size, side: int) -> Iterator[Window]:
 def _given_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Scaling, shift and norm groups from a JSON beside the file."""
     keys = ("scaling_factor", "shift_factor", "norm_num_groups")
-    for path in (checkpoint.path.with_name(f"{checkpoint.path.stem}_config.json"), checkpoint.path.with_name("config.json")):
+    for path in (
+        checkpoint.path.with_name(f"{checkpoint.path.stem}_config.json"),
+        checkpoint.path.with_name("config.json"),
+    ):
         if path.is_file():
             try:
                 given = json.loads(path.read_text(encoding="utf-8"))
@@ -201,8 +205,10 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
         layers = 1 + max(int(n.split(".")[4]) for n in shapes if n.startswith("encoder.down_blocks.0.resnets."))
         latent_channels = shapes["decoder.conv_in.weight"][1]
     except (KeyError, ValueError, IndexError) as error:
-        raise LayerMismatchError(f"{checkpoint.path}: not an AutoencoderKL in diffusers naming ({error}).",
-                                 "`wgp.py inspect FILE` says what it looks like.") from error
+        raise LayerMismatchError(
+            f"{checkpoint.path}: not an AutoencoderKL in diffusers naming ({error}).",
+            "`wgp.py inspect FILE` says what it looks like.",
+        ) from error
     return {
         "in_channels": 3,
         "out_channels": 3,

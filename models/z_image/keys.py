@@ -2,14 +2,14 @@
 
 Our network fuses linears that read the same activations, so one of our linears may be several in a file:
 
-    ours                      official / ComfyUI          diffusers                      nunchaku (unquantised parts too)
-    x_embedder                x_embedder                  all_x_embedder.2-1             all_x_embedder.2-1
-    final_layer               final_layer                 all_final_layer.2-1            all_final_layer.2-1
-    B.attention.qkv           B.attention.qkv             B.attention.to_q, to_k, to_v   B.attention.to_qkv
-    B.attention.out           B.attention.out             B.attention.to_out.0           B.attention.to_out.0
-    B.attention.q_norm        B.attention.q_norm          B.attention.norm_q             B.attention.norm_q
-    B.feed_forward.w13        B.feed_forward.w1, w3       B.feed_forward.w1, w3          B.feed_forward.net.0.proj  (w3 first!)
-    B.feed_forward.w2         B.feed_forward.w2           B.feed_forward.w2              B.feed_forward.net.2
+    ours                  official / ComfyUI       diffusers                       nunchaku
+    x_embedder            x_embedder               all_x_embedder.2-1              all_x_embedder.2-1
+    final_layer           final_layer              all_final_layer.2-1             all_final_layer.2-1
+    B.attention.qkv       B.attention.qkv          B.attention.to_q, to_k, to_v    B.attention.to_qkv
+    B.attention.out       B.attention.out          B.attention.to_out.0            B.attention.to_out.0
+    B.attention.q_norm    B.attention.q_norm       B.attention.norm_q              B.attention.norm_q
+    B.feed_forward.w13    B.feed_forward.w1, w3    B.feed_forward.w1, w3           B.feed_forward.net.0.proj (w3 first!)
+    B.feed_forward.w2     B.feed_forward.w2        B.feed_forward.w2               B.feed_forward.net.2
 
 Files mix these (fine-tunes keep diffusers names in one file; nunchaku fuses only some), so every name is mapped by
 itself. A `Slot` says which equal blocks of rows of our tensor the blocks of the file's tensor become.
@@ -85,7 +85,7 @@ def slot_of(module: str) -> Slot:
 
 
 def split_parameter(name: str) -> tuple[str, str]:
-    """"layers.0.attention.qkv.weight" -> ("layers.0.attention.qkv", ".weight"); a bare parameter has no suffix."""
+    """ "layers.0.attention.qkv.weight" -> ("layers.0.attention.qkv", ".weight"); a bare parameter has no suffix."""
     module, dot, parameter = name.rpartition(".")
     return (module, dot + parameter) if dot else (name, "")
 

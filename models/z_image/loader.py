@@ -1,4 +1,4 @@
-"""From weights on disk to a transformer on the CPU: sizes from the file, strict names and shapes, nothing copied twice."""
+"""From weights on disk to a transformer on the CPU: sizes from the file, names and shapes strict, no needless copy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.z_image.config import TransformerConfig, config_from_shapes
-from models.z_image.keys import Slot, diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
+from models.z_image.keys import (
+    Slot,
+    diffusers_names,
+    find_prefix,
+    is_dropped,
+    relative_of,
+    slot_of,
+    split_parameter,
+)
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import LayerMismatchError, UnknownFormatError
 
@@ -79,8 +87,10 @@ def load_transformer(paths: str | Path | Sequence[str | Path], dtype: torch.dtyp
 
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if len(files) > 1:
-        raise UnknownFormatError(f"{files[1]}: module files (ControlNet) cannot be loaded by this version.",
-                                 "Choose a preset without modules.")
+        raise UnknownFormatError(
+            f"{files[1]}: module files (ControlNet) cannot be loaded by this version.",
+            "Choose a preset without modules.",
+        )
     checkpoint = Checkpoint.open(files[0])
     plan = plan_tensors(checkpoint)
     _refuse_packed(checkpoint, plan)
@@ -110,11 +120,11 @@ def _join(checkpoint: Checkpoint, parts: list[Placement], shape: tuple[int, ...]
     import torch
 
     tensors = checkpoint.load(p.info.name for p in parts)
-    blocks: dict[int, Tensor] = {}
-    for part in parts:
-        tensor = tensors[part.info.name]
-        for block, rows in zip(part.slot.blocks, tensor.chunk(len(part.slot.blocks)), strict=True):
-            blocks[block] = rows
+    blocks = {
+        block: rows
+        for part in parts
+        for block, rows in zip(part.slot.blocks, tensors[part.info.name].chunk(len(part.slot.blocks)), strict=True)
+    }
     if len(parts) == 1 and parts[0].slot.blocks == tuple(sorted(parts[0].slot.blocks)):
         joined = tensors[parts[0].info.name]
     else:
@@ -143,11 +153,14 @@ def _refuse_packed(checkpoint: Checkpoint, plan: TensorPlan) -> None:
 
 def _check(checkpoint: Checkpoint, plan: TensorPlan, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Every parameter filled exactly once by tensors of the right shape, and nothing left over."""
-    missing, misshapen = [], []
+    missing, twice, misshapen = [], [], []
     for name, shape in expected.items():
         parts = plan.get(name, [])
-        filled = sorted(block for p in parts for block in p.slot.blocks)
-        if not parts or filled != list(range(parts[0].slot.of)):
+        filled = [block for p in parts for block in p.slot.blocks]
+        if len(filled) > len(set(filled)):
+            twice.append(" + ".join(p.info.name for p in parts))
+            continue
+        if not parts or len(filled) < parts[0].slot.of:
             missing.append(_file_names(name, parts))
             continue
         for part in parts:
@@ -158,14 +171,24 @@ def _check(checkpoint: Checkpoint, plan: TensorPlan, expected: Mapping[str, tupl
     unexpected = [p.info.name for name, parts in plan.items() if name not in expected for p in parts]
     problems = [
         f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+        for what, found in (
+            ("missing", missing),
+            ("given twice", twice),
+            ("unexpected", unexpected),
+            ("of another shape", misshapen),
+        )
         if found
     ]
     if problems:
-        relative = relative_of(split for name in plan if name not in expected for split in [name])
-        hint = (f"It looks like {relative}, which this version cannot load." if relative
-                else "The file is truncated, or belongs to another model; `wgp.py inspect FILE` says what it looks like.")
-        raise LayerMismatchError(f"{checkpoint.path}: tensors do not fit a Z-Image transformer: {'; '.join(problems)}.", hint)
+        relative = relative_of(name for name in plan if name not in expected)
+        hint = (
+            f"It looks like {relative}, which this version cannot load."
+            if relative
+            else "The file is truncated, or belongs to another model; `wgp.py inspect FILE` says what it looks like."
+        )
+        raise LayerMismatchError(
+            f"{checkpoint.path}: tensors do not fit a Z-Image transformer: {'; '.join(problems)}.", hint
+        )
 
 
 def _file_names(name: str, parts: Iterable[Placement]) -> str:

@@ -20,9 +20,18 @@ from models.z_image.keys import Slot, diffusers_names, slot_of
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UnknownFormatError, UserError
 
-_PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "transformer.", "lora_unet_", "lycoris_")
-_PART = re.compile(r"(?P<module>.+?)[._]?(?:lora_(?P<ab>A|B|down|up)|lora_linear_layer\.(?P<lin>down|up))"
-                   r"(?:\.default)?\.weight")
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet_",
+    "lycoris_",
+)
+_PART = re.compile(
+    r"(?P<module>.+?)[._]?(?:lora_(?P<ab>A|B|down|up)|lora_linear_layer\.(?P<lin>down|up))"
+    r"(?:\.default)?\.weight"
+)
 _UNSUPPORTED = re.compile(r"\.(lokr_|hada_|dora_scale|lora_magnitude_vector|diff(_b)?$)")
 
 
@@ -76,8 +85,10 @@ def read(path: Path) -> LoraFile:
     checkpoint = Checkpoint.open(path)
     odd = next((n for n in checkpoint.tensors if _UNSUPPORTED.search(n)), None)
     if odd:
-        raise UnknownFormatError(f"{path}: {odd} is LoKr, LoHa, DoRA or a full difference; this version adds plain LoRA.",
-                                 "Convert it to plain LoRA, or leave it out.")
+        raise UnknownFormatError(
+            f"{path}: {odd} is LoKr, LoHa, DoRA or a full difference; this version adds plain LoRA.",
+            "Convert it to plain LoRA, or leave it out.",
+        )
     pairs: dict[str, Pair] = {}
     unread = []
     for name, tensor in checkpoint.load().items():
@@ -95,8 +106,10 @@ def read(path: Path) -> LoraFile:
             unread.append(name)
     halves = [m for m, p in pairs.items() if p.down is None or p.up is None]
     if halves:
-        raise LayerMismatchError(f"{path}: {len(halves)} modules have only one of their two matrices (first: {halves[0]}).",
-                                 "The file is truncated; download it again.")
+        raise LayerMismatchError(
+            f"{path}: {len(halves)} modules have only one of their two matrices (first: {halves[0]}).",
+            "The file is truncated; download it again.",
+        )
     return LoraFile(path, pairs, tuple(unread))
 
 
@@ -119,8 +132,11 @@ def apply(model: nn.Module, files: Sequence[LoraFile], multipliers: Sequence[flo
             else:
                 grouped.setdefault(slot.module, []).append((slot, pair))
         if not grouped:
-            raise UserError(f"{file.path}: none of its {len(file.pairs)} modules belongs to a Z-Image transformer "
-                            f"(first: {', '.join(list(file.pairs)[:3]) or 'none'}).", "It is made for another model.")
+            raise UserError(
+                f"{file.path}: none of its {len(file.pairs)} modules belongs to a Z-Image transformer "
+                f"(first: {', '.join(list(file.pairs)[:3]) or 'none'}).",
+                "It is made for another model.",
+            )
         for module, parts in grouped.items():
             branch = _stack(file, module, parts, linears[module], multiplier)
             collected.setdefault(module, Branches()).parts.append(branch)
@@ -137,12 +153,18 @@ def _stack(
     rows, columns = linear.out_features, linear.in_features
     downs, ups = [], []
     for slot, pair in parts:
-        assert pair.down is not None and pair.up is not None  # read() refused halves
+        assert pair.down is not None  # read() refused halves
+        assert pair.up is not None
         height = rows // slot.of
-        if pair.down.shape[1:] != (columns,) or pair.up.shape != (height * len(slot.blocks), pair.down.shape[0]):
+        if pair.down.shape[1:] != (columns,) or pair.up.shape != (
+            height * len(slot.blocks),
+            pair.down.shape[0],
+        ):
             raise LayerMismatchError(
                 f"{file.path}: {module} takes {columns} numbers and gives {height * len(slot.blocks)}, the LoRA has "
-                f"down {list(pair.down.shape)} and up {list(pair.up.shape)}.", "It is made for another model.")
+                f"down {list(pair.down.shape)} and up {list(pair.up.shape)}.",
+                "It is made for another model.",
+            )
         rank = pair.down.shape[0]
         scale = multiplier * (1.0 if pair.alpha is None else pair.alpha / rank)
         up = torch.zeros(rows, rank)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import shared.samplers as samplers
 from models.z_image import autoencoder
@@ -20,7 +20,8 @@ from shared.quant.errors import RunError, UserError
 T = TypeVar("T")
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Step:
     """State after one step of the sampler."""
 
     index: int  # 0-based
@@ -42,7 +43,7 @@ class ZImagePipeline:
     """The three modules at work on `device`; where their weights lie between calls is an offloader's business."""
 
     def __init__(
-        self, transformer: ZImageTransformer, text_encoder: TextEncoder, vae: nn.Module, device: torch.device
+        self, transformer: ZImageTransformer, text_encoder: TextEncoder, vae: Any, device: torch.device
     ) -> None:
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -105,9 +106,8 @@ class ZImagePipeline:
             answers = self.transformer(latents.repeat(2, 1, 1, 1), self._time(sigma, 2 * count), both)
             return -guidance.combine(*answers.chunk(2))
 
-        latents = noise(request.seeds, request.height, request.width, self.transformer.config.in_channels)
-        latents = latents.to(self.device)
-        for index, latents in enumerate(sampler.sample(predict, latents, sigmas)):
+        start = noise(request.seeds, request.height, request.width, self.transformer.config.in_channels)
+        for index, latents in enumerate(sampler.sample(predict, start.to(self.device), sigmas)):
             yield Step(index, request.steps, sigmas[index + 1], latents)
 
     @torch.no_grad()
@@ -157,5 +157,7 @@ def _sampler(name: str) -> samplers.Sampler:
 
 def _require_finite(tensor: Tensor, what: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise RunError(f"Not drawn: {what} hold NaN or infinite numbers.",
-                       "Weights or their number format do not suit this device; try another dtype or file.")
+        raise RunError(
+            f"Not drawn: {what} hold NaN or infinite numbers.",
+            "Weights or their number format do not suit this device; try another dtype or file.",
+        )

@@ -34,8 +34,10 @@ class GenerateRequest:
         for name, pixels in (("width", self.width), ("height", self.height)):
             if pixels < SIZE_MULTIPLE or pixels % SIZE_MULTIPLE:
                 below = max(pixels // SIZE_MULTIPLE, 1) * SIZE_MULTIPLE
-                raise UserError(f"The {name} {pixels} is not a multiple of {SIZE_MULTIPLE} pixels.",
-                                f"The nearest are {below} and {below + SIZE_MULTIPLE}.")
+                raise UserError(
+                    f"The {name} {pixels} is not a multiple of {SIZE_MULTIPLE} pixels.",
+                    f"The nearest are {below} and {below + SIZE_MULTIPLE}.",
+                )
         if self.steps < 1:
             raise UserError(f"{self.steps} steps cannot draw a picture.", "Use at least 1; Turbo is made for 8.")
         if self.shift <= 0:

@@ -82,8 +82,14 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype) -> nn.Module:
     checkpoint = Checkpoint.open(path)
     tensors = _named(checkpoint)
     sizes = _sizes(checkpoint, tensors)
-    config = Qwen3Config(**sizes, rms_norm_eps=NORM_EPS, rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-                         use_cache=False, attn_implementation="sdpa", dtype=dtype)
+    config = Qwen3Config(
+        **sizes,
+        rms_norm_eps=NORM_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        use_cache=False,
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
     with init_empty_weights(include_buffers=False):
         model = Qwen3Model(config)
     model.norm = nn.Identity()
@@ -101,8 +107,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if not (Path(folder) / "tokenizer_config.json").is_file():
-        raise UserError(f"No tokenizer in {folder} (tokenizer.json, tokenizer_config.json).",
-                        "It comes with the text encoder: Z-Image uses Qwen3's.")
+        raise UserError(
+            f"No tokenizer in {folder} (tokenizer.json, tokenizer_config.json).",
+            "It comes with the text encoder: Z-Image uses Qwen3's.",
+        )
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
@@ -111,8 +119,10 @@ def _named(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
     landmark = "embed_tokens.weight"
     prefix = next((n[: -len(landmark)] for n in checkpoint.tensors if n.endswith(landmark)), None)
     if prefix is None:
-        raise LayerMismatchError(f"{checkpoint.path}: no Qwen3 text encoder in this file ({landmark} is missing).",
-                                 "`wgp.py inspect FILE` says what it looks like.")
+        raise LayerMismatchError(
+            f"{checkpoint.path}: no Qwen3 text encoder in this file ({landmark} is missing).",
+            "`wgp.py inspect FILE` says what it looks like.",
+        )
     return {n[len(prefix) :]: info for n, info in checkpoint.tensors.items() if n.startswith(prefix)}
 
 
@@ -132,8 +142,10 @@ def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[st
             "head_dim": head,
         }
     except (KeyError, ValueError, IndexError) as error:
-        raise LayerMismatchError(f"{checkpoint.path}: not a plain Qwen3 text encoder ({error}).",
-                                 "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).") from error
+        raise LayerMismatchError(
+            f"{checkpoint.path}: not a plain Qwen3 text encoder ({error}).",
+            "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).",
+        ) from error
 
 
 def _check(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:

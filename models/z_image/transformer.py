@@ -121,8 +121,10 @@ class ZImageTransformer(nn.Module):
         """Embed and refine caption features: (tokens, cap_feat_dim) each, of any length from 1 on."""
         lengths = tuple(_round_up(len(f)) for f in features)
         longest = max(lengths)
-        tokens = [_pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
-                  for f, n in zip(features, lengths, strict=True)]
+        tokens = [
+            _pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
+            for f, n in zip(features, lengths, strict=True)
+        ]
         x_BLD = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tokens])
         rope = self.rope.for_caption(longest, x_BLD.device)
         mask = _length_mask(lengths, 0, x_BLD.device)

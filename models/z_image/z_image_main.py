@@ -21,14 +21,18 @@ from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
 
 # Names in DeepBeepMeep/Z-Image, which every Wan2GP installation uses; first found is taken.
-TEXT_ENCODER_FILES = ("Qwen3/qwen3_bf16.safetensors", "qwen3_bf16.safetensors", "text_encoders/qwen_3_4b.safetensors")
+TEXT_ENCODER_FILES = (
+    "Qwen3/qwen3_bf16.safetensors",
+    "qwen3_bf16.safetensors",
+    "text_encoders/qwen_3_4b.safetensors",
+)
 TOKENIZER_FOLDER = "Qwen3"
 VAE_FILES = ("ZImageTurbo_VAE_bf16.safetensors", "vae/ZImageTurbo_VAE_bf16.safetensors")
 
 StepCallback = Callable[..., None]
 
 
-class model_factory:  # noqa: N801  the name every Wan2GP family uses
+class model_factory:
     """Loads a Z-Image model on construction; `generate` draws with it.
 
     transformer, text_encoder, vae: nn.Modules for an offloader to place. `device`: where they compute; "cuda" when
@@ -47,7 +51,7 @@ class model_factory:  # noqa: N801  the name every Wan2GP family uses
         vae_filename: str | Path | None = None,
         tokenizer_folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
-        VAE_dtype: torch.dtype | None = None,  # noqa: N803  the host's spelling
+        VAE_dtype: torch.dtype | None = None,
         **_: Any,
     ) -> None:
         files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
@@ -59,8 +63,12 @@ class model_factory:  # noqa: N801  the name every Wan2GP family uses
         beside = paths[0].parent
         dtype = dtype or torch.bfloat16
 
-        encoder_path = _first("text encoder", text_encoder_filename, beside / "text_encoder" / "model.safetensors",
-                              *TEXT_ENCODER_FILES)
+        encoder_path = _first(
+            "text encoder",
+            text_encoder_filename,
+            beside / "text_encoder" / "model.safetensors",
+            *TEXT_ENCODER_FILES,
+        )
         vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *VAE_FILES)
         self.tokenizer = load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
         self.text_encoder: nn.Module = load_text_encoder(encoder_path, dtype)

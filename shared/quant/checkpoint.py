@@ -86,8 +86,10 @@ class Checkpoint:
             header, shard_metadata = read_header(file)
             for name in header:
                 if name in tensors:
-                    raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}.",
-                                          "The shards do not belong together; download them again.")
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is also in {tensors[name].file.name}.",
+                        "The shards do not belong together; download them again.",
+                    )
             tensors.update(header)
             metadata.update(shard_metadata)
         return cls(path, files, tensors, metadata)
@@ -149,8 +151,10 @@ def _refuse_foreign(file: Path, start: bytes) -> None:
     if file.suffix.lower() in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
         raise CheckpointError(f"{file}: a Python pickle (or zip) file.", _PICKLE_HINT)
     if start[:4] == b"GGUF":
-        raise CheckpointError(f"{file}: a GGUF file, which this version does not read.",
-                              "Use the bf16 .safetensors file of the same model.")
+        raise CheckpointError(
+            f"{file}: a GGUF file, which this version does not read.",
+            "Use the bf16 .safetensors file of the same model.",
+        )
     if start[:4] in (b"<!DO", b"<htm", b"<HTM") or start.startswith(b"version "):
         raise CheckpointError(f"{file}: a web page or a Git LFS pointer, not weights.", "Download the file itself.")
 
@@ -188,8 +192,10 @@ def _check_offsets(file: Path, header: Mapping[str, Any], data_bytes: int) -> No
     position = 0
     for name, (begin, end) in sorted(((n, e["data_offsets"]) for n, e in header.items()), key=lambda item: item[1]):
         if begin != position:
-            raise CheckpointError(f"{file}: {name} starts at byte {begin:,} of the data, expected {position:,}.",
-                                  "Tensors overlap or leave a gap; download it again.")
+            raise CheckpointError(
+                f"{file}: {name} starts at byte {begin:,} of the data, expected {position:,}.",
+                "Tensors overlap or leave a gap; download it again.",
+            )
         position = end
     if position != data_bytes:
         raise CheckpointError(
@@ -206,8 +212,10 @@ def _only_checkpoint_in(folder: Path) -> Path:
     if not indexes and len(files) == 1:
         return files[0]
     found = ", ".join(p.name for p in (indexes or files)[:5]) or "none"
-    raise CheckpointError(f"{folder}: expected one safetensors file or one index in the folder, found {found}.",
-                          "Name the file itself.")
+    raise CheckpointError(
+        f"{folder}: expected one safetensors file or one index in the folder, found {found}.",
+        "Name the file itself.",
+    )
 
 
 def _shards(index: Path) -> tuple[Path, ...]:

@@ -11,6 +11,7 @@ spend their last call at sigma 0: their "9 steps" equal 8 here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -33,6 +34,6 @@ def schedule(steps: int, shift: float) -> list[float]:
 
 def sample(predict: Predict, latents: Tensor, sigmas: Sequence[float]) -> Iterator[Tensor]:
     """Yield latents (B, C, h, w) float32 after each of len(sigmas) - 1 steps."""
-    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, after in pairwise(sigmas):
         latents = latents + (after - sigma) * predict(latents, sigma)
         yield latents

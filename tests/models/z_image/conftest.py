@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -56,7 +55,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
     special = [AddedToken(t, special=True) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     backend.add_special_tokens(special)
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE, model_max_length=4096
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=4096,
     )
 
 

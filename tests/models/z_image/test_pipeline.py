@@ -38,10 +38,18 @@ def latents_of(pipeline: ZImagePipeline, request: GenerateRequest) -> torch.Tens
     ],
 )
 def test_eight_forwards_agree_with_diffusers(
-    pipeline: ZImagePipeline, reference_pipeline: ReferencePipeline, guidance: ClassifierFreeGuidance, theirs: dict
+    pipeline: ZImagePipeline,
+    reference_pipeline: ReferencePipeline,
+    guidance: ClassifierFreeGuidance,
+    theirs: dict,
 ) -> None:
     request = GenerateRequest(
-        prompt="a red fox in the snow", negative_prompt="blur", width=64, height=96, seeds=(5, 6), guidance=guidance
+        prompt="a red fox in the snow",
+        negative_prompt="blur",
+        width=64,
+        height=96,
+        seeds=(5, 6),
+        guidance=guidance,
     )
 
     ours = latents_of(pipeline, request)
@@ -92,7 +100,9 @@ def test_stopping_between_steps_returns_nothing(pipeline: ZImagePipeline) -> Non
     seen: list[int] = []
 
     result = pipeline(
-        GenerateRequest(prompt="x", width=32, height=32, steps=5), lambda step: seen.append(step.index), lambda: len(seen) == 2
+        GenerateRequest(prompt="x", width=32, height=32, steps=5),
+        lambda step: seen.append(step.index),
+        lambda: len(seen) == 2,
     )
 
     assert result is None

@@ -33,7 +33,11 @@ def ours(model_folder: Path) -> ZImageTransformer:
     ],
 )
 def test_agrees_with_diffusers(
-    ours: ZImageTransformer, reference_transformer: ZImageTransformer2DModel, height: int, width: int, tokens: list[int]
+    ours: ZImageTransformer,
+    reference_transformer: ZImageTransformer2DModel,
+    height: int,
+    width: int,
+    tokens: list[int],
 ) -> None:
     latents = torch.randn(len(tokens), 16, height, width)
     time = torch.rand(len(tokens))

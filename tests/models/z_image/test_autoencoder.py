@@ -1,0 +1,96 @@
+"""The VAE against diffusers' own object, and tiles against one piece."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from models.z_image import autoencoder
+from shared.quant.errors import LayerMismatchError
+
+
+def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    z = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return vae.decode(z, return_dict=False)[0].clamp(-1, 1)
+
+
+def test_decodes_and_encodes_like_diffusers(model_folder: Path, reference_vae: AutoencoderKL) -> None:
+    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
+    latents, picture = torch.randn(2, 16, 6, 4), torch.rand(1, 3, 32, 48) * 2 - 1
+
+    expected = (reference_vae.encode(picture).latent_dist.mode() - 0.2) * 0.4
+
+    torch.testing.assert_close(autoencoder.decode(vae, latents), decoded(reference_vae, latents), rtol=0, atol=1e-4)
+    torch.testing.assert_close(autoencoder.encode(vae, picture), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("tile", [3, 8, 16])
+@pytest.mark.parametrize("size", [(16, 24), (9, 7)])
+def test_tiles_leave_no_seam(model_folder: Path, size: tuple[int, int], tile: int) -> None:
+    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
+    latents = torch.randn(1, 16, *size) * 2
+
+    whole = autoencoder.decode(vae, latents)
+    tiled = autoencoder.decode(vae, latents, tile)
+
+    # Far below 2/255: the computation is the same in another order.
+    assert float((whole - tiled).abs().max()) <= 1e-4
+
+
+def test_tiles_never_touch_more_than_a_tile_and_its_ring(model_folder: Path) -> None:
+    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
+    seen: list[int] = []
+    for module in vae.decoder.up_blocks[-1].modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _m, inputs, _o: seen.append(max(inputs[0].shape[-2:])))
+
+    autoencoder.decode(vae, torch.randn(1, 16, 16, 16), tile=4)
+
+    assert max(seen) <= 4 * 8 + 2
+
+
+def test_wan2gp_s_config_beside_the_file_is_used(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(model_folder / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "My_VAE.safetensors")
+    config = {"scaling_factor": 0.9, "shift_factor": -0.1, "norm_num_groups": 4}
+    (tmp_path / "My_VAE_config.json").write_text(json.dumps(config))
+
+    vae = autoencoder.load_vae(tmp_path / "My_VAE.safetensors", torch.float32)
+
+    assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.norm_num_groups) == (0.9, -0.1, 4)
+
+
+def test_without_a_config_the_published_numbers_hold(tmp_path: Path) -> None:
+    published = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 32, 32), latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+    save_file(published.state_dict(), tmp_path / "vae.safetensors")
+
+    vae = autoencoder.load_vae(tmp_path / "vae.safetensors", torch.bfloat16)
+
+    assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.norm_num_groups) == (
+        0.3611,
+        0.1159,
+        32,
+    )
+    assert next(vae.parameters()).dtype == torch.bfloat16
+
+
+def test_a_vae_with_a_missing_tensor_is_refused(model_folder: Path, tmp_path: Path) -> None:
+    state = load_file(model_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    del state["decoder.conv_out.bias"]
+    save_file(state, tmp_path / "vae.safetensors")
+
+    with pytest.raises(LayerMismatchError, match=r"1 tensors missing or of another shape \(decoder\.conv_out\.bias\)"):
+        autoencoder.load_vae(tmp_path / "vae.safetensors", torch.float32)
+
+
+def test_a_transformer_is_no_vae(model_folder: Path) -> None:
+    with pytest.raises(LayerMismatchError, match="not an AutoencoderKL"):
+        autoencoder.load_vae(model_folder / "transformer.safetensors", torch.float32)

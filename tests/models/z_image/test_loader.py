@@ -1,0 +1,198 @@
+"""Every naming, prefix, number type and layout of a file gives the same network; everything else is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ZImageTransformer2DModel
+from safetensors.torch import save_file
+
+from models.z_image.loader import load_transformer, to_diffusers
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
+from tests.support.tiny_model import TINY
+
+State = dict[str, torch.Tensor]
+
+
+def official(state: State) -> State:
+    """The state dict as the official repository and ComfyUI name it: qkv fused, short names."""
+    result: State = {}
+    for name, tensor in state.items():
+        name = name.replace("all_x_embedder.2-1", "x_embedder").replace("all_final_layer.2-1", "final_layer")
+        name = name.replace("to_out.0", "out").replace("norm_q", "q_norm").replace("norm_k", "k_norm")
+        if re.search(r"to_[kv]\.weight", name):
+            continue
+        if name.endswith("to_q.weight"):
+            base = name.removesuffix("to_q.weight")
+            result[base + "qkv.weight"] = torch.cat([state[f"{base}to_{c}.weight"] for c in "qkv"])
+        else:
+            result[name] = tensor
+    return result
+
+
+def nunchaku_plain(state: State) -> State:
+    """Refiners as nunchaku leaves them: attention as in diffusers, feed-forward fused with w3's rows first."""
+    result = dict(state)
+    for name in state:
+        if "refiner" in name and name.endswith("feed_forward.w1.weight"):
+            base = name.removesuffix("w1.weight")
+            result[base + "net.0.proj.weight"] = torch.cat([result.pop(base + "w3.weight"), result.pop(name)])
+            result[base + "net.2.weight"] = result.pop(base + "w2.weight")
+    return result
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+@pytest.fixture
+def state(reference_transformer: ZImageTransformer2DModel) -> State:
+    return {name: tensor.contiguous() for name, tensor in reference_transformer.state_dict().items()}
+
+
+DIALECTS = {
+    "diffusers": lambda s: s,
+    "official": official,
+    "official in a full checkpoint": lambda s: (
+        prefixed(official(s), "model.diffusion_model.")
+        | {
+            "vae.decoder.conv_in.weight": torch.zeros(1),
+            "text_encoders.qwen3_4b.transformer.model.norm.weight": torch.zeros(1),
+        }
+    ),
+    "diffusers names behind a prefix": lambda s: prefixed(s, "model.diffusion_model."),
+    "short prefix": lambda s: prefixed(official(s), "diffusion_model."),
+    "nunchaku's plain layers": nunchaku_plain,
+    "Lumina's leftover": lambda s: official(s) | {"norm_final.weight": torch.zeros(384)},
+    "one-dimensional pad tokens": lambda s: s | {n: s[n].flatten() for n in ("x_pad_token", "cap_pad_token")},
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_naming_gives_the_same_weights(tmp_path: Path, state: State, dialect: str) -> None:
+    save_file(DIALECTS[dialect](state), tmp_path / "m.safetensors")
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+    assert model.config == TINY
+    back = to_diffusers(model.state_dict())
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_plain_number_type_is_read_into_the_asked_one(tmp_path: Path, state: State, stored: torch.dtype) -> None:
+    save_file({n: t.to(stored) for n, t in state.items()}, tmp_path / "m.safetensors")
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.bfloat16)
+
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    expected = state["layers.0.feed_forward.w2.weight"].to(stored).to(torch.bfloat16)
+    assert torch.equal(model.layers[0].feed_forward.w2.weight, expected)
+
+
+def test_shards_and_diffusers_folders_load(tmp_path: Path, reference_transformer: ZImageTransformer2DModel) -> None:
+    reference_transformer.save_pretrained(tmp_path / "transformer", max_shard_size="15MB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
+
+    model = load_transformer(tmp_path / "transformer", torch.float32)
+
+    assert torch.equal(
+        model.final_layer.linear.weight,
+        reference_transformer.state_dict()["all_final_layer.2-1.linear.weight"],
+    )
+
+
+def test_weights_of_the_right_type_and_layout_are_not_copied(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(official(state), tmp_path / "m.safetensors")
+    read: set[int] = set()
+    load = Checkpoint.load
+    monkeypatch.setattr(
+        Checkpoint, "load", lambda *a: (got := load(*a), read.update(t.data_ptr() for t in got.values()))[0]
+    )
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+    copied = [name for name, p in model.named_parameters() if p.data_ptr() not in read]
+    assert {name.rsplit(".", 2)[1] for name in copied} == {"w13"}, "only w1 and w3 are two tensors in such a file"
+
+
+def test_header_config_says_what_shapes_do_not(tmp_path: Path, state: State) -> None:
+    config = TINY.as_diffusers() | {"axes_dims": [64, 32, 32], "rope_theta": 10000.0}
+    save_file(state, tmp_path / "m.safetensors", metadata={"config": json.dumps(config)})
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+    assert (model.config.axes_dims, model.config.rope_theta) == ((64, 32, 32), 10000.0)
+
+
+def test_missing_extra_and_misshapen_tensors_are_listed_with_the_file(tmp_path: Path, state: State) -> None:
+    del state["layers.1.attention.to_k.weight"]
+    state |= {f"stranger.{i}": torch.zeros(1) for i in range(7)}
+    state["layers.0.ffn_norm1.weight"] = torch.zeros(5)
+    save_file(state, tmp_path / "odd.safetensors")
+
+    with pytest.raises(LayerMismatchError) as error:
+        load_transformer(tmp_path / "odd.safetensors", torch.float32)
+
+    text = str(error.value)
+    assert "odd.safetensors" in text
+    assert "1 missing (layers.1.attention.to_k.weight)" in text
+    assert "7 unexpected (stranger.0, stranger.1, stranger.2, stranger.3, stranger.4, ...)" in text
+    assert "layers.0.ffn_norm1.weight is [5], expected [384]" in text
+
+
+def test_rows_given_twice_are_refused(tmp_path: Path, state: State) -> None:
+    state["layers.0.attention.qkv.weight"] = torch.zeros(3 * 384, 384)
+    save_file(state, tmp_path / "m.safetensors")
+
+    with pytest.raises(LayerMismatchError, match=r"1 given twice \(layers\.0\.attention\.qkv"):
+        load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("control_layers.0.after_proj.weight", "ControlNet"),
+        ("t_embedder_2.mlp.0.weight", "TwinFlow"),
+        ("siglip_embedder.1.weight", "Omni or Edit"),
+    ],
+)
+def test_relatives_are_named(tmp_path: Path, state: State, name: str, says: str) -> None:
+    save_file(state | {name: torch.zeros(4, 4)}, tmp_path / "m.safetensors")
+
+    with pytest.raises(LayerMismatchError, match=says):
+        load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+
+def test_packed_numbers_are_named_and_not_misread(tmp_path: Path, state: State) -> None:
+    name = "layers.0.feed_forward.w1.weight"
+    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+
+    with pytest.raises(
+        UnknownFormatError, match=r"1 tensors are stored as F8_E4M3 \(first: layers\.0\.feed_forward\.w1"
+    ):
+        load_transformer(tmp_path / "m.safetensors", torch.float32)
+
+
+def test_a_foreign_model_is_told_apart(tmp_path: Path) -> None:
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
+
+    with pytest.raises(LayerMismatchError, match=r"no Z-Image transformer.*double_blocks"):
+        load_transformer(tmp_path / "flux.safetensors", torch.float32)
+
+
+def test_a_truncated_file_is_named(tmp_path: Path, state: State) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file(state, path)
+    path.write_bytes(path.read_bytes()[:-1000])
+
+    with pytest.raises(CheckpointError, match="truncated"):
+        load_transformer(path, torch.float32)

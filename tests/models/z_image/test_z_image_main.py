@@ -1,0 +1,94 @@
+"""The object a host holds: what it loads, calls back, returns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.z_image.z_image_main import model_factory
+from shared.quant.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def processor(model_folder: Path) -> model_factory:
+    return model_factory(model_filename=[str(model_folder / "transformer.safetensors")], dtype=torch.float32)
+
+
+def draw(processor: model_factory, **kwargs: Any) -> torch.Tensor | None:
+    return processor.generate(
+        **{"input_prompt": "x", "seed": 1, "width": 32, "height": 48, "sampling_steps": 3} | kwargs
+    )
+
+
+def test_a_batch_comes_back_channels_first_in_range(processor: model_factory) -> None:
+    pictures = draw(processor, batch_size=2)
+
+    assert pictures is not None
+    assert (pictures.shape, pictures.dtype) == ((3, 2, 48, 32), torch.float32)
+    assert -1 <= float(pictures.min()) <= float(pictures.max()) <= 1
+
+
+def test_the_callback_hears_the_total_and_then_each_step(processor: model_factory) -> None:
+    calls: list[tuple] = []
+
+    draw(
+        processor,
+        callback=lambda i, latents, start, total=None: calls.append(
+            (i, None if latents is None else tuple(latents.shape), start, total)
+        ),
+    )
+
+    assert calls == [(-1, None, True, 3)] + [(i, (16, 1, 6, 4), False, None) for i in range(3)]
+
+
+def test_interrupt_stops_within_one_step(processor: model_factory) -> None:
+    steps: list[int] = []
+
+    def callback(i: int, latents: torch.Tensor | None, start: bool, total: int | None = None) -> None:
+        steps.append(i)
+        processor._interrupt = i == 0
+
+    assert draw(processor, callback=callback) is None
+    assert steps == [-1, 0]
+    processor._interrupt = False
+
+
+def test_the_report_says_what_was_done(processor: model_factory) -> None:
+    draw(processor)
+
+    assert processor.report["forwards"] == 3
+    assert len(processor.report["sigmas"]) == 4
+    assert all(s >= 0 for s in processor.report["seconds"].values())
+
+
+def test_a_lora_changes_the_picture_and_leaves_when_told(processor: model_factory, tmp_path: Path) -> None:
+    base = "transformer.layers.0.feed_forward.w2"
+    save_file(
+        {f"{base}.lora_A.weight": torch.randn(8, 1024), f"{base}.lora_B.weight": torch.randn(384, 8)},
+        tmp_path / "l.safetensors",
+    )
+    plain = draw(processor)
+
+    processor.load_loras([tmp_path / "l.safetensors"], [1.0])
+    changed = draw(processor)
+    processor.load_loras([], [])
+
+    assert not torch.equal(plain, changed)
+    assert torch.equal(draw(processor), plain)
+
+
+def test_missing_parts_are_asked_for_by_role(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lonely = tmp_path / "transformer.safetensors"
+    lonely.symlink_to(model_folder / "transformer.safetensors")
+
+    with pytest.raises(UserError, match=r"No text encoder was given and none was found"):
+        model_factory(model_filename=lonely)
+    with pytest.raises(UserError, match=r"nowhere\.safetensors: there is no such file"):
+        model_factory(model_filename="nowhere.safetensors")
