@@ -1,0 +1,341 @@
+"""Generation settings: a preset's defaults, what was saved and what is asked for, checked, as one value."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from shared import samplers
+from shared.app.host_keys import HOST_SETTING_KEYS, RECORD_KEYS
+from shared.app.presets import LoraChoice, Preset, pair_loras
+from shared.app.schema import (
+    SETTING_KEYS,
+    closest_key,
+    describe,
+    require_setting,
+    unknown_key,
+)
+from shared.quant.errors import UserError
+
+MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes as a signed 64-bit number
+MAX_DRAWN_SEED = 2**31 - 1  # short enough to be read out and typed again
+MAX_STEPS = 1000  # the schedule is defined on 1000 training steps
+MAX_SIDE = 8192  # pixels; the network's rotary table has 512 positions of 16 pixels each way
+DEFAULT_BLOCK = 16  # pixels; the VAE halves three times, the network's patches once
+DEFAULT_BATCH_MAX = 16
+MIN_TILE = 16  # latent cells of 8 pixels; smaller tiles are mostly overlap
+_NAG_KEYS = ("NAG_scale", "NAG_tau", "NAG_alpha")
+
+# key -> (lowest, highest) allowed value; None: no bound
+_RANGES: Mapping[str, tuple[float, float | None]] = {
+    "num_inference_steps": (1, MAX_STEPS),
+    "guidance_scale": (0, None),
+    "seed": (-1, MAX_SEED),
+    "NAG_scale": (0, None),
+    "NAG_tau": (0, None),
+    "NAG_alpha": (0, 1),
+    "denoising_strength": (0, 1),
+    "control_net_weight": (0, None),
+    "cfg_normalization": (0, None),
+    "cfg_truncation": (0, 1),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationSettings:
+    """Everything that decides the pictures, in range. The seed is never -1 here.
+
+    width, height: pixels. VAE_tile_size: latent cells of 8 pixels; None (as for flow_shift) is the model's
+    choice. extra: host keys that are carried along unused. notes: what was asked for and has no effect.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    width: int = 1024
+    height: int = 1024
+    num_inference_steps: int = 8
+    guidance_scale: float = 0.0
+    seed: int
+    batch_size: int = 1
+    flow_shift: float | None = None
+    sample_solver: str = ""
+    NAG_scale: float = 1.0
+    NAG_tau: float = 3.5
+    NAG_alpha: float = 0.5
+    denoising_strength: float = 1.0
+    control_net_weight: float = 1.0
+    loras: tuple[LoraChoice, ...] = ()
+    VAE_tile_size: int | None = None
+    cfg_normalization: float = 0.0
+    cfg_truncation: float = 1.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def build(
+        cls,
+        preset: Preset,
+        saved: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> GenerationSettings:
+        """Settings from the preset's defaults, then `saved` (a settings file or a picture's record), then
+        `overrides`.
+
+        Keys are the host's ("resolution": "1024x768"). Values may be texts where numbers are wanted. null
+        means not set.
+        A seed of -1 is drawn here. Raises UserError naming the key, what it got and what is allowed.
+        """
+        asked = {key: value for key, value in (overrides or {}).items() if value is not None}
+        for key in asked:
+            if key not in SETTING_KEYS and key not in HOST_SETTING_KEYS:
+                raise unknown_key("settings", key, frozenset(SETTING_KEYS) | HOST_SETTING_KEYS)
+        found, notes = _usable_saved(preset, saved or {})
+        merged = {**preset.settings, **found, **asked}
+        notes += [
+            f'"{key}" is a setting of Wan2GP without effect here.'
+            for key in asked
+            if key in HOST_SETTING_KEYS
+        ]
+
+        values = {
+            key: require_setting("settings", key, merged[key])
+            for key in SETTING_KEYS
+            if merged.get(key) is not None
+        }
+        for key, (lowest, highest) in _RANGES.items():
+            _require_range(key, values[key], lowest, highest)
+        width, height = parse_resolution(
+            values["resolution"], int(preset.model_def.get("vae_block_size", DEFAULT_BLOCK))
+        )
+        batch_size = int(values["batch_size"])
+        _require_range(
+            "batch_size", batch_size, 1, int(preset.model_def.get("image_batch_size_max", DEFAULT_BATCH_MAX))
+        )
+        seed = int(values["seed"])
+        if seed < 0:
+            seed = random.SystemRandom().randint(0, MAX_DRAWN_SEED)
+        _require_range("seed", seed + batch_size - 1, 0, MAX_SEED)
+        loras, lora_notes = _lora_choices(values["activated_loras"], values["loras_multipliers"])
+        return cls(
+            prompt=values["prompt"],
+            negative_prompt=values["negative_prompt"],
+            width=width,
+            height=height,
+            num_inference_steps=int(values["num_inference_steps"]),
+            guidance_scale=float(values["guidance_scale"]),
+            seed=seed,
+            batch_size=batch_size,
+            flow_shift=_flow_shift(preset, values, asked),
+            sample_solver=_sampler_name(values["sample_solver"]),
+            **_nag(preset, values, asked),
+            denoising_strength=float(values["denoising_strength"]),
+            control_net_weight=float(values["control_net_weight"]),
+            loras=loras,
+            VAE_tile_size=_tile_size(values.get("VAE_tile_size")),
+            cfg_normalization=float(values["cfg_normalization"]),
+            cfg_truncation=float(values["cfg_truncation"]),
+            extra={
+                key: value for key, value in merged.items() if key in HOST_SETTING_KEYS and value is not None
+            },
+            notes=(*notes, *lora_notes),
+        )
+
+    def for_image(self, index: int) -> GenerationSettings:
+        """The settings that draw image `index` of the batch alone: its own seed, a batch of one."""
+        return replace(self, seed=self.seed + index, batch_size=1)
+
+    def as_record(self) -> dict[str, Any]:
+        """The settings in Wan2GP's key names (contract C5). `build` with the same preset reads back the same
+        settings: values are written even where they are the usual ones, because a preset may have others.
+        """
+        record: dict[str, Any] = {
+            **self.extra,
+            "prompt": self.prompt,
+            "negative_prompt": self.negative_prompt,
+            "resolution": f"{self.width}x{self.height}",
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "num_inference_steps": self.num_inference_steps,
+            "guidance_scale": self.guidance_scale,
+            "sample_solver": self.sample_solver,
+            "NAG_scale": self.NAG_scale,
+            "NAG_tau": self.NAG_tau,
+            "NAG_alpha": self.NAG_alpha,
+            "denoising_strength": self.denoising_strength,
+            "control_net_weight": self.control_net_weight,
+            **loras_as_host_settings(self.loras),
+        }
+        if self.flow_shift is not None:
+            record["flow_shift"] = self.flow_shift
+        # Wan2GP does not know these three.
+        ours = {"VAE_tile_size": None, "cfg_normalization": 0.0, "cfg_truncation": 1.0}
+        return record | {key: getattr(self, key) for key, rest in ours.items() if getattr(self, key) != rest}
+
+    def host_kwargs(self) -> dict[str, Any]:
+        """The settings as keywords of a pipeline object's `generate` (contract C1d)."""
+        return {
+            "input_prompt": self.prompt,
+            "n_prompt": self.negative_prompt,
+            "seed": self.seed,
+            "sampling_steps": self.num_inference_steps,
+            "sample_solver": self.sample_solver,
+            "width": self.width,
+            "height": self.height,
+            "batch_size": self.batch_size,
+            "guide_scale": self.guidance_scale,
+            "shift": self.flow_shift,
+            "NAG_scale": self.NAG_scale,
+            "NAG_tau": self.NAG_tau,
+            "NAG_alpha": self.NAG_alpha,
+            "denoising_strength": self.denoising_strength,
+            "context_scale": [self.control_net_weight],
+            "VAE_tile_size": self.VAE_tile_size,
+            "cfg_normalization": self.cfg_normalization,
+            "cfg_truncation": self.cfg_truncation,
+            "image_mode": self.extra.get("image_mode", 1),
+        }
+
+
+def parse_resolution(text: str, block: int = DEFAULT_BLOCK) -> tuple[int, int]:
+    """(width, height) in pixels from "WIDTHxHEIGHT". Raises UserError naming the nearest two sizes."""
+    match = re.fullmatch(r"\s*(\d{1,6})\s*[xX*×]\s*(\d{1,6})\s*", text)
+    if match is None:
+        raise UserError(
+            f'"resolution" must be WIDTHxHEIGHT in pixels, got {describe(text)}.', "Example: 1024x768."
+        )
+    width, height = int(match[1]), int(match[2])
+    for side, pixels in (("width", width), ("height", height)):
+        if not block <= pixels <= MAX_SIDE:
+            raise UserError(
+                f'"resolution" {width}x{height}: the {side} must be from {block} to {MAX_SIDE} pixels.'
+            )
+        if pixels % block:
+            below = pixels // block * block
+            raise UserError(
+                f'"resolution" {width}x{height}: the {side} {pixels} is not a multiple of {block}.',
+                f"The nearest two are {below} and {below + block}.",
+            )
+    return width, height
+
+
+def parse_lora(text: str) -> LoraChoice:
+    """A LoRA as typed: FILE or FILE:STRENGTH ("style.safetensors:0.8"; in "C:\\style.sft" there is none)."""
+    name, colon, multiplier = text.rpartition(":")
+    if colon and name and _is_strength(multiplier):
+        return LoraChoice(name, multiplier)
+    return LoraChoice(text)
+
+
+def loras_as_host_settings(loras: Sequence[LoraChoice]) -> dict[str, Any]:
+    """LoRA choices as the host's two settings."""
+    return {
+        "activated_loras": [lora.file for lora in loras],
+        "loras_multipliers": " ".join(lora.multiplier for lora in loras),
+    }
+
+
+def _usable_saved(preset: Preset, saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What of saved settings can be used with this preset, and notes on what cannot."""
+    usable, notes = {}, []
+    for key, value in saved.items():
+        if value is None or key in RECORD_KEYS or key == "model" or key.startswith("_"):
+            continue
+        if key in SETTING_KEYS or key in HOST_SETTING_KEYS:
+            usable[key] = value
+        else:
+            closest = closest_key(key, frozenset(SETTING_KEYS) | HOST_SETTING_KEYS)
+            notes.append(
+                f'saved settings: unknown key "{key}"'
+                + (f', the closest is "{closest}".' if closest else ".")
+            )
+    if not preset.model_def.get("NAG") and _exceeds_one(usable.get("NAG_scale")):
+        notes.append(f'saved settings: "NAG_scale" has no effect, {preset.id} does not offer NAG.')
+    return usable, notes
+
+
+def _exceeds_one(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 1
+
+
+def _require_range(key: str, value: float, lowest: float, highest: float | None) -> None:
+    if value < lowest or (highest is not None and value > highest):
+        allowed = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
+        raise UserError(f'"{key}" must be {allowed}, got {value}.')
+
+
+def _flow_shift(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) -> float | None:
+    """The shift; None where the preset does not let the user set it (Wan2GP saves a number all the same)."""
+    if not preset.model_def.get("flow_shift"):
+        if "flow_shift" in asked:
+            raise UserError(
+                f'"flow_shift" cannot be set for {preset.id}: its schedule is fixed.',
+                "Leave it out, or use a base preset.",
+            )
+        return None
+    if values.get("flow_shift") is None:
+        return None
+    if values["flow_shift"] <= 0:
+        raise UserError(f'"flow_shift" must be above 0, got {values["flow_shift"]}.')
+    return float(values["flow_shift"])
+
+
+def _nag(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, float]:
+    if preset.model_def.get("NAG"):
+        return {key: float(values[key]) for key in _NAG_KEYS}
+    if "NAG_scale" in asked and values["NAG_scale"] > 1:
+        raise UserError(
+            f'"NAG_scale" cannot be set for {preset.id}: it does not offer NAG.',
+            "Use guidance_scale instead.",
+        )
+    return {key: float(SETTING_KEYS[key].default) for key in _NAG_KEYS}
+
+
+def _sampler_name(name: str) -> str:
+    """ "" for the model's own sampler, else a known one."""
+    if name in ("", "default"):
+        return ""
+    if name not in samplers.names():
+        raise UserError(
+            f'"sample_solver" must be one of {", ".join(samplers.names())} or empty, got "{name}".'
+        )
+    return name
+
+
+def _tile_size(value: Any) -> int | None:
+    if value is None:
+        return None
+    if 0 < value < MIN_TILE or value < 0:
+        raise UserError(f'"VAE_tile_size" must be 0 or at least {MIN_TILE} latent cells, got {value}.')
+    return int(value)
+
+
+def _lora_choices(files: Sequence[str], multipliers: Any) -> tuple[tuple[LoraChoice, ...], list[str]]:
+    """LoRAs with strengths, which spaces, lines or one "|" separate; lines after a "#" are left out."""
+    if isinstance(multipliers, str):
+        lines = [line for line in multipliers.splitlines() if not line.lstrip().startswith("#")]
+        multipliers = " ".join(lines).replace("|", " ").split()
+    strengths = [str(multiplier).strip() for multiplier in multipliers]
+    for strength in strengths[: len(files)]:
+        if not _is_strength(strength):
+            raise UserError(
+                f'"loras_multipliers": {describe(strength)} is not a strength.', 'Example: "0.8 1,0.5".'
+            )
+    surplus = len(strengths) - len(files)
+    notes = (
+        [f'"loras_multipliers" has {surplus} more than there are LoRAs; they are not used.']
+        if surplus > 0
+        else []
+    )
+    return pair_loras(files, strengths), notes
+
+
+def _is_strength(text: str) -> bool:
+    """Numbers, with "," over the steps, ";" per phase and ":" per branch (contract C3)."""
+    try:
+        return all(math.isfinite(float(part)) for part in re.split("[,;:]", text))
+    except ValueError:
+        return False
