@@ -1,0 +1,86 @@
+"""What a file is, told from its header alone."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.z_image.inspection import describe
+from shared.app.inspection import inspect_path
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import CheckpointError
+from tests.support.tiny_model import TINY
+
+FAMILIES = {"z_image": None}
+
+
+def test_a_transformer_tells_its_sizes(model_folder: Path) -> None:
+    (found,) = inspect_path(model_folder / "transformer.safetensors", FAMILIES)
+
+    assert (found["kind"], found["naming"], found["formats"]) == ("transformer", "diffusers", {"F32": found["tensors"]})
+    assert (found["sizes"]["dim"], found["sizes"]["n_layers"]) == (TINY.dim, TINY.n_layers)
+    assert found["parameters"] * 4 == found["bytes"]
+    assert not found["problems"]
+
+
+def test_every_part_of_a_folder_is_listed(model_folder: Path) -> None:
+    kinds = {Path(f["file"]).parent.name: f["kind"] for f in inspect_path(model_folder, FAMILIES)}
+
+    assert kinds == {model_folder.name: "transformer", "text_encoder": "text_encoder", "vae": "vae"}
+
+
+@pytest.mark.parametrize(
+    ("state", "kind", "says"),
+    [
+        ({"layers.0.attention.to_q.lora_A.weight": (8, 384)}, "lora", "Z-Image LoRA"),
+        ({"lora_unet_layers_0_attention_qkv.lora_down.weight": (8, 384)}, "lora", "Z-Image LoRA"),
+        ({"control_all_x_embedder.2-1.weight": (384, 64)}, "control", "ControlNet"),
+        ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "other", "FLUX"),
+        ({"unheard.of": (1,)}, "other", r"begin with unheard\.of"),
+    ],
+)
+def test_other_kinds_are_named(tmp_path: Path, state: dict[str, tuple[int, ...]], kind: str, says: str) -> None:
+    save_file({n: torch.zeros(s) for n, s in state.items()}, tmp_path / "f.safetensors")
+
+    (found,) = inspect_path(tmp_path / "f.safetensors", FAMILIES)
+
+    assert found["kind"] == kind
+    assert re.search(says, found["summary"])
+
+
+def test_a_full_checkpoint_lists_what_it_contains(model_folder: Path, tmp_path: Path) -> None:
+    state = load_file(model_folder / "transformer.safetensors")
+    whole = {f"model.diffusion_model.{n}": t for n, t in state.items()} | {
+        "vae.decoder.conv_in.weight": torch.zeros(1),
+        "text_encoders.qwen3_4b.transformer.model.norm.weight": torch.zeros(1),
+    }
+    save_file(whole, tmp_path / "all.safetensors")
+
+    found = describe(Checkpoint.open(tmp_path / "all.safetensors"))
+
+    assert found is not None
+    assert (found["kind"], found["contains"]) == ("checkpoint", ["transformer", "text encoder", "VAE"])
+
+
+def test_a_broken_file_in_a_folder_does_not_hide_the_others(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\0" * 20)
+    (tmp_path / "b.safetensors").symlink_to(model_folder / "transformer.safetensors")
+
+    assert [f["kind"] for f in inspect_path(tmp_path, FAMILIES)] == ["unreadable", "transformer"]
+    with pytest.raises(CheckpointError):
+        inspect_path(tmp_path / "a.safetensors", FAMILIES)
+
+
+def test_torch_is_not_needed(model_folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from shared.app.inspection import inspect_path;"
+        f"inspect_path(Path({str(model_folder)!r}), {{'z_image': None}}); assert 'torch' not in sys.modules"
+    )
+
+    subprocess.run([sys.executable, "-c", code], check=True)
