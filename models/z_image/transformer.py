@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,8 @@ class Rotation(NamedTuple):
 class ZImageTransformer(nn.Module):
     """The whole network. `config` gives the sizes; weights come from loader.py."""
 
-    # Entry points besides forward() that an offloader must wrap so that the weights are there when they run.
-    _offload_hooks = ("encode_captions",)
+    # Entry points besides forward() that mmgp must wrap, so that the weights are there when they run. It wants a list.
+    _offload_hooks: ClassVar[list[str]] = ["encode_captions"]
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
