@@ -9,7 +9,7 @@ Sources of the namings: formats.md section 6.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,16 +82,83 @@ def read(path: Path) -> LoraFile:
 
     Raises UnknownFormatError for LoKr, LoHa, DoRA and full differences, LayerMismatchError for a half pair.
     """
-    checkpoint = Checkpoint.open(path)
-    odd = next((n for n in checkpoint.tensors if _UNSUPPORTED.search(n)), None)
+    state = Checkpoint.open(path).load()
+    odd = next((n for n in state if _UNSUPPORTED.search(n)), None)
     if odd:
         raise UnknownFormatError(
             f"{path}: {odd} is LoKr, LoHa, DoRA or a full difference; this version adds plain LoRA.",
             "Convert it to plain LoRA, or leave it out.",
         )
+    pairs, unread = _collect(state)
+    halves = [m for m, p in pairs.items() if p.down is None or p.up is None]
+    if halves:
+        raise LayerMismatchError(
+            f"{path}: {len(halves)} modules have only one of their two matrices (first: {halves[0]}).",
+            "The file is truncated; download it again.",
+        )
+    return LoraFile(path, pairs, tuple(unread))
+
+
+def fuse(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoRA state dict of any naming under our fused modules' names, as a host's own LoRA loader (mmgp) wants it.
+
+    Alphas are multiplied in. Tensors that are no part of a pair for one of our linears pass through unchanged, so that
+    the host reports them.
+    """
+    linears = _linears(model)
+    known = _known_names(linears)
+    pairs, unread = _collect(state)
+    grouped, _ = _group(pairs, known)
+    result = {name: state[name] for name in unread}
+    result |= {
+        n: t for n, t in state.items() if (part := _PART.fullmatch(_strip(n))) and _place(part["module"], known) is None
+    }
+    for module, parts in grouped.items():
+        down, up = _stack(Path("LoRA"), module, parts, linears[module], 1.0)
+        dtype = next(p.down for _, p in parts if p.down is not None).dtype
+        result[f"diffusion_model.{module}.lora_A.weight"] = down.to(dtype)
+        result[f"diffusion_model.{module}.lora_B.weight"] = up.to(dtype)
+    return result
+
+
+def apply(model: nn.Module, files: Sequence[LoraFile], multipliers: Sequence[float]) -> list[Match]:
+    """Set the model's LoRAs to exactly these, replacing earlier ones. Takes effect at the next forward.
+
+    Raises UserError when a file matches nothing, LayerMismatchError when a matrix does not fit; then none are applied.
+    """
+    linears = _linears(model)
+    known = _known_names(linears)
+    collected: dict[str, Branches] = {}
+    matches = []
+    for file, multiplier in zip(files, multipliers, strict=True):
+        grouped, unmatched = _group(file.pairs, known)
+        if not grouped:
+            raise UserError(
+                f"{file.path}: none of its {len(file.pairs)} modules belongs to a Z-Image transformer "
+                f"(first: {', '.join(list(file.pairs)[:3]) or 'none'}).",
+                "It is made for another model.",
+            )
+        for module, parts in grouped.items():
+            branch = _stack(file.path, module, parts, linears[module], multiplier)
+            collected.setdefault(module, Branches()).parts.append(branch)
+        matches.append(Match(str(file.path), len(file.pairs) - len(unmatched), (*unmatched, *file.unread)))
+    for name, linear in linears.items():
+        _set_branches(linear, collected.get(name))
+    return matches
+
+
+Grouped = dict[str, list[tuple[Slot, Pair]]]
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def _collect(state: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str]]:
+    """Pairs by the file's module names without prefix, and the names that are no part of any."""
     pairs: dict[str, Pair] = {}
     unread = []
-    for name, tensor in checkpoint.load().items():
+    for name, tensor in state.items():
         bare = _strip(name)
         part = _PART.fullmatch(bare)
         if part:
@@ -104,50 +171,28 @@ def read(path: Path) -> LoraFile:
             pairs.setdefault(bare[: -len(".alpha")], Pair()).alpha = float(tensor)
         else:
             unread.append(name)
-    halves = [m for m, p in pairs.items() if p.down is None or p.up is None]
-    if halves:
-        raise LayerMismatchError(
-            f"{path}: {len(halves)} modules have only one of their two matrices (first: {halves[0]}).",
-            "The file is truncated; download it again.",
-        )
-    return LoraFile(path, pairs, tuple(unread))
+    return pairs, unread
 
 
-def apply(model: nn.Module, files: Sequence[LoraFile], multipliers: Sequence[float]) -> list[Match]:
-    """Set the model's LoRAs to exactly these, replacing earlier ones. Takes effect at the next forward.
+def _place(module: str, known: Mapping[str, Slot]) -> Slot | None:
+    return known.get(module) or known.get(module.replace(".", "_"))
 
-    Raises UserError when a file matches nothing, LayerMismatchError when a matrix does not fit; then none are applied.
-    """
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    known = _known_names(linears)
-    collected: dict[str, Branches] = {}
-    matches = []
-    for file, multiplier in zip(files, multipliers, strict=True):
-        grouped: dict[str, list[tuple[Slot, Pair]]] = {}
-        unmatched = list(file.unread)
-        for module, pair in file.pairs.items():
-            slot = known.get(module) or known.get(module.replace(".", "_"))
-            if slot is None:
-                unmatched.append(module)
-            else:
-                grouped.setdefault(slot.module, []).append((slot, pair))
-        if not grouped:
-            raise UserError(
-                f"{file.path}: none of its {len(file.pairs)} modules belongs to a Z-Image transformer "
-                f"(first: {', '.join(list(file.pairs)[:3]) or 'none'}).",
-                "It is made for another model.",
-            )
-        for module, parts in grouped.items():
-            branch = _stack(file, module, parts, linears[module], multiplier)
-            collected.setdefault(module, Branches()).parts.append(branch)
-        matches.append(Match(str(file.path), len(file.pairs) - len(unmatched) + len(file.unread), tuple(unmatched)))
-    for name, linear in linears.items():
-        _set_branches(linear, collected.get(name))
-    return matches
+
+def _group(pairs: Mapping[str, Pair], known: Mapping[str, Slot]) -> tuple[Grouped, list[str]]:
+    """Pairs by our fused module, and the file's module names that have no place here."""
+    grouped: Grouped = {}
+    unmatched = []
+    for module, pair in pairs.items():
+        slot = _place(module, known)
+        if slot is None:
+            unmatched.append(module)
+        else:
+            grouped.setdefault(slot.module, []).append((slot, pair))
+    return grouped, unmatched
 
 
 def _stack(
-    file: LoraFile, module: str, parts: list[tuple[Slot, Pair]], linear: nn.Linear, multiplier: float
+    path: Path, module: str, parts: list[tuple[Slot, Pair]], linear: nn.Linear, multiplier: float
 ) -> tuple[Tensor, Tensor]:
     """One (down, up) for a fused linear from the pairs of its parts."""
     rows, columns = linear.out_features, linear.in_features
@@ -161,7 +206,7 @@ def _stack(
             pair.down.shape[0],
         ):
             raise LayerMismatchError(
-                f"{file.path}: {module} takes {columns} numbers and gives {height * len(slot.blocks)}, the LoRA has "
+                f"{path}: {module} takes {columns} numbers and gives {height * len(slot.blocks)}, the LoRA has "
                 f"down {list(pair.down.shape)} and up {list(pair.up.shape)}.",
                 "It is made for another model.",
             )

@@ -132,6 +132,12 @@ class ZImageTransformer(nn.Module):
             x_BLD = block(x_BLD, rope, mask, None)
         return Captions(x_BLD, lengths)
 
+    def preprocess_loras(self, _model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Called by a Wan2GP host before mmgp loads a LoRA: rename and stack it for the fused linears."""
+        from models.z_image.lora import fuse
+
+        return fuse(self, state)
+
 
 class Block(nn.Module):
     """Attention and gated feed-forward, each normalised before and after; the time steers scales and gates."""

@@ -141,3 +141,19 @@ def test_other_kinds_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
 
     with pytest.raises(UnknownFormatError, match="this version adds plain LoRA"):
         lora.read(tmp_path / "l.safetensors")
+
+
+def test_a_host_gets_the_same_change_under_our_fused_names(model: ZImageTransformer) -> None:
+    state, expected = {"text_encoder.stranger": torch.zeros(1)}, torch.zeros(3 * 384, 384)
+    for i, name in enumerate(("to_q", "to_k", "to_v")):
+        down, up = pair(384)
+        base = f"lora_unet_layers_0_attention_{name}"
+        state |= {f"{base}.lora_down.weight": down, f"{base}.lora_up.weight": up, f"{base}.alpha": torch.tensor(1.0)}
+        expected[i * 384 : (i + 1) * 384] = up @ down / RANK
+
+    fused = model.preprocess_loras("z_image", state)
+
+    down, up = (fused[f"diffusion_model.layers.0.attention.qkv.lora_{letter}.weight"] for letter in "AB")
+    torch.testing.assert_close(up @ down, expected, rtol=0, atol=1e-4)
+    assert fused.keys() - state.keys() == {f"diffusion_model.layers.0.attention.qkv.lora_{c}.weight" for c in "AB"}
+    assert "text_encoder.stranger" in fused
