@@ -1,0 +1,122 @@
+"""ModelHolder: keeps one model in memory, loads another in its place when a plan asks for one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.app.memory import MIB
+from shared.app.plan import VAE_DTYPE, GenerationPlan, requested_profile
+
+if TYPE_CHECKING:
+    from shared.app.context import AppContext
+    from shared.app.offload import Offloader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """What a handler loaded, where it was placed, and which LoRA files are on it.
+
+    key: what it was loaded from and for. processor: the pipeline object of contract C1c.
+    loras: (file, strength) in order; None while they are being changed.
+    """
+
+    key: tuple[Any, ...]
+    processor: Any
+    offloader: Offloader
+    loras: tuple[tuple[Path, float], ...] | None = ()
+
+
+class ModelHolder:
+    """Holds at most one model. Not for several threads at once, except `interrupt`."""
+
+    def __init__(self, ctx: AppContext) -> None:
+        self._ctx = ctx
+        self._model: LoadedModel | None = None
+
+    def ensure(self, plan: GenerationPlan, say: Callable[[str], None]) -> LoadedModel:
+        """The model of the plan with its LoRAs, all of whose files are on this machine.
+
+        The one in memory if it is the same, else that one is released first and the plan's is loaded. say: what is
+        going on, in words. Raises CheckpointError for a file that cannot be used, UserError for a LoRA that does not
+        fit the model.
+        """
+        key = self._key(plan)
+        if self._model is None or self._model.key != key:
+            self.release()
+            say(f"Loading {plan.preset.name}")
+            self._model = self._load(plan, key)
+        self._apply_loras(self._model, plan, say)
+        return self._model
+
+    def interrupt(self) -> None:
+        """Make a running `generate` stop within one step; from any thread."""
+        if (model := self._model) is not None:
+            model.processor._interrupt = True
+
+    def release(self) -> None:
+        """Let go of the model and the memory it holds."""
+        if self._model is None:
+            return
+        # The weights go first: what nobody uses any more need not travel back from the GPU.
+        offloader, self._model = self._model.offloader, None
+        offloader.release()
+
+    def _key(self, plan: GenerationPlan) -> tuple[Any, ...]:
+        weights = tuple(file.path for file in plan.files if file.role not in ("lora", "preload"))
+        return (plan.preset.id, weights, plan.machine, plan.attention.value, requested_profile(self._ctx))
+
+    def _load(self, plan: GenerationPlan, key: tuple[Any, ...]) -> LoadedModel:
+        import torch
+
+        from shared.app.offload import choose_offloader
+
+        profile = requested_profile(self._ctx)
+        handler = self._ctx.families.handler(plan.preset.architecture)
+        processor, modules = handler.load_model(
+            [str(path) for path in (*plan.paths("transformer"), *plan.paths("module"))],
+            plan.preset.id,
+            plan.preset.architecture,
+            dict(plan.preset.model_def),
+            dtype=getattr(torch, plan.machine.dtype.value),
+            VAE_dtype=getattr(torch, VAE_DTYPE),
+            profile=-1 if profile is None else profile,
+            text_encoder_filename=_first(plan.paths("text_encoder")),
+            vae_filename=_first(plan.paths("vae")),
+            tokenizer_folder=self._tokenizer_folder(plan),
+        )
+        sizes = plan.memory.weights_mb if plan.memory is not None else {}
+        weights = {name: round(mb * MIB) for name, mb in sizes.items()} or None
+        offloader, reason = choose_offloader(plan.machine.device, profile, weights=weights)
+        offloader.place(modules)
+        processor.device = offloader.device
+        logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), reason)
+        return LoadedModel(key=key, processor=processor, offloader=offloader)
+
+    def _apply_loras(self, model: LoadedModel, plan: GenerationPlan, say: Callable[[str], None]) -> None:
+        wanted = tuple(zip(plan.paths("lora"), plan.lora_strengths, strict=True))
+        if model.loras == wanted:
+            return
+        model.loras = None
+        if wanted:
+            say("Loading the LoRA" if len(wanted) == 1 else f"Loading {len(wanted)} LoRAs")
+        model.processor.load_loras([file for file, _ in wanted], [strength for _, strength in wanted])
+        model.loras = wanted
+
+    def _tokenizer_folder(self, plan: GenerationPlan) -> str | None:
+        """Where the tokenizer is; None leaves it to the family, which looks beside the text encoder."""
+        for path in plan.paths("companion"):
+            if path.name == "tokenizer_config.json":
+                return str(path.parent)
+        folder = str(plan.preset.model_def.get("text_encoder_folder") or "")
+        found = self._ctx.files.find(folder) if folder.startswith("file:") else None
+        return None if found is None else str(found)
+
+
+def _first(paths: Sequence[Path]) -> str | None:
+    return str(paths[0]) if paths else None

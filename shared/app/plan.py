@@ -1,0 +1,269 @@
+"""What a generation will use, decided before anything is loaded: files, device, number type, offload, memory.
+
+Every choice carries its reason. Planning needs no torch where the machine has no GPU, so `generate --dry-run` is quick.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect, ram_bytes
+from shared.app.memory import MIB, MemoryEstimate, estimate_memory
+from shared.app.offload import automatic_profile, budgets_mib, find_profile
+from shared.app.presets import FilePlan, LoraChoice, Preset, attention_rule, choose_files
+from shared.quant.checkpoint import SUFFIXES
+from shared.quant.errors import UserError
+
+if TYPE_CHECKING:
+    from shared.app.context import AppContext
+    from shared.app.settings import GenerationSettings
+
+LORA_DOWNLOADS = "loras"  # folder below the first checkpoint root for LoRA files named by URL
+
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PRESET_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+VAE_DTYPE = "float32"  # half precision shows as banding in smooth skies, and float16 overflows in some VAEs
+
+# Where a GPU driver shows itself on Linux: NVIDIA, NVIDIA under WSL, AMD.
+_GPU_DEVICE_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What was chosen, and why, in words."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFile:
+    """One file of the plan. role: as in FileWant, or "lora". path, bytes: None while it is not on this machine."""
+
+    role: str
+    url: str
+    subfolder: str = ""
+    path: Path | None = None
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it can be downloaded; else it must be put in place by hand."""
+        return self.url.startswith(("https://", "http://"))
+
+    @property
+    def bytes(self) -> int | None:
+        return self.path.stat().st_size if self.path is not None and self.path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The device to compute on and the number type to compute in."""
+
+    device: DeviceInfo
+    dtype: Choice  # "float32", "bfloat16" or "float16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationPlan:
+    """Everything decided for one generation. memory is None while a weights file is missing."""
+
+    preset: Preset
+    settings: GenerationSettings
+    files: tuple[PlannedFile, ...]
+    lora_strengths: tuple[float, ...]  # of the files with the role "lora", in order
+    machine: Machine
+    attention: Choice
+    offload: Choice
+    memory: MemoryEstimate | None
+
+    @property
+    def missing(self) -> tuple[PlannedFile, ...]:
+        """Files that are not on this machine."""
+        return tuple(file for file in self.files if file.path is None)
+
+    @property
+    def to_download(self) -> tuple[PlannedFile, ...]:
+        """The missing files that can be downloaded."""
+        return tuple(file for file in self.missing if file.is_remote)
+
+    def paths(self, role: str) -> tuple[Path, ...]:
+        """The files of a role that are on this machine, in order."""
+        return tuple(file.path for file in self.files if file.role == role and file.path is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        device = self.machine.device
+        return {
+            "preset": self.preset.id,
+            "settings": self.settings.as_record(),
+            "files": [
+                {"role": f.role, "url": f.url, "path": f.path and str(f.path), "bytes": f.bytes} for f in self.files
+            ],
+            "to_download": [file.url for file in self.to_download],
+            "missing": [file.url for file in self.missing if not file.is_remote],
+            "device": {"value": device.kind, "name": device.name, "reason": device.reason},
+            "dtype": _choice_dict(self.machine.dtype),
+            "attention": _choice_dict(self.attention),
+            "offload": _choice_dict(self.offload),
+            "memory": self.memory and self.memory.as_dict(),
+        }
+
+
+def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, machine: Machine) -> GenerationPlan:
+    """Decide everything for one generation of `preset` with `settings` on `machine`. Touches no network.
+
+    Raises UserError for a LoRA that is nowhere, a LoRA strength this version cannot use, an unknown attention or
+    profile, a weights file with a broken header.
+    """
+    preset = preset.configured(str(settings.extra.get("config") or ""))
+    files = find_files(ctx, choose_files(preset, device=machine.device))
+    loras = [(choice, _find_lora(ctx, preset, choice)) for choice in (*preset.loras, *settings.loras)]
+    rule = attention_rule(preset, machine.device.capability)
+    requested = str(getattr(ctx.args, "attention", "") or ctx.config.get("attention") or "auto")
+    attention = Choice(*choose_attention(requested, rule, machine.device))
+    offload, memory = _weigh(ctx, preset, settings, files, machine)
+    return GenerationPlan(
+        preset=preset,
+        settings=settings,
+        files=(*files, *(file for _, file in loras)),
+        lora_strengths=tuple(choice.strength() for choice, _ in loras),
+        machine=machine,
+        attention=attention,
+        offload=offload,
+        memory=memory,
+    )
+
+
+def find_files(ctx: AppContext, chosen: FilePlan) -> list[PlannedFile]:
+    """The chosen files, each with its place on this machine if it is here."""
+    return [
+        PlannedFile(
+            role=want.role,
+            url=want.url,
+            subfolder=want.subfolder,
+            path=ctx.files.find(want.url, subfolder=want.subfolder),
+        )
+        for want in chosen.wants
+    ]
+
+
+def requested_profile(ctx: AppContext) -> float | None:
+    """The memory profile of the flag, else of the configuration; None leaves the choice to the program."""
+    for value in (getattr(ctx.args, "profile", None), ctx.config.get("profile")):
+        if value is not None and value != -1:
+            return float(value)
+    return None
+
+
+def requested_device(ctx: AppContext) -> str:
+    """The device of the --gpu flag; "" leaves the choice to the program."""
+    return str(getattr(ctx.args, "gpu", None) or "")
+
+
+def find_machine(preset: Preset, prefer: str = "") -> Machine:
+    """Ask torch for the device and the number type. prefer: as for `device.detect`."""
+    device = detect(prefer)
+    demanded = preset.model_def.get("dtype")
+    if demanded and device.kind == "cuda":
+        return Machine(device, Choice(_PRESET_DTYPES[demanded], f"the preset demands {demanded}"))
+    dtype, reason = choose_dtype(device)
+    return Machine(device, Choice(str(dtype).removeprefix("torch."), reason))
+
+
+def find_machine_quickly(preset: Preset, prefer: str = "") -> Machine:
+    """The same without torch (whose import takes seconds) where that is possible: on Linux without a GPU driver."""
+    no_gpu = prefer == "cpu" or not any(Path(file).exists() for file in _GPU_DEVICE_FILES)
+    listing = Path("/proc/cpuinfo")
+    if "torch" in sys.modules or prefer not in ("", "auto", "cpu") or not (no_gpu and listing.is_file()):
+        return find_machine(preset, prefer)
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    facts = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+    name = facts.get("model name", "CPU").strip()
+    device = DeviceInfo("cpu", name, None, ram_bytes(), "asked for" if prefer == "cpu" else "no GPU driver found")
+    has_bf16 = set(_BF16_CPU_FLAGS) & set((facts.get("flags") or facts.get("Features") or "").split())
+    if has_bf16:
+        return Machine(
+            device,
+            Choice("bfloat16", f"this CPU multiplies bfloat16 natively ({', '.join(sorted(has_bf16))})"),
+        )
+    return Machine(device, Choice("float32", "this CPU has no bfloat16 arithmetic, float32 is faster"))
+
+
+def _weigh(
+    ctx: AppContext,
+    preset: Preset,
+    settings: GenerationSettings,
+    files: Sequence[PlannedFile],
+    machine: Machine,
+) -> tuple[Choice, MemoryEstimate | None]:
+    """The offload choice and the memory estimate; sizes are known only when every weights file is here."""
+    paths = {
+        role: [f.path for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")
+    }
+    known = {role: [path for path in found if path is not None] for role, found in paths.items()}
+    complete = known == paths and bool(known["text_encoder"]) and bool(known["vae"])
+    estimate = None
+    if complete:
+        estimate = estimate_memory(
+            transformer=[*known["transformer"], *known["module"]],
+            text_encoder=known["text_encoder"][0],
+            vae=known["vae"][0],
+            width=settings.width,
+            height=settings.height,
+            tile_cells=settings.VAE_tile_size,
+            compute_bytes=DTYPE_BYTES[machine.dtype.value],
+            vae_bytes=DTYPE_BYTES[VAE_DTYPE],
+            guided=settings.guidance_scale > 0,
+        )
+    offload, resident_mb = _choose_offload(ctx, machine.device, estimate)
+    return offload, estimate and estimate.placed(on_cpu=machine.device.kind == "cpu", resident_mb=resident_mb)
+
+
+def _choose_offload(
+    ctx: AppContext, device: DeviceInfo, estimate: MemoryEstimate | None
+) -> tuple[Choice, float | None]:
+    """What `choose_offloader` will decide, without its imports; and MiB of weights on the GPU at once (None: all)."""
+    profile = find_profile(requested_profile(ctx))
+    if device.kind != "cuda":
+        memory = "the CPU and the GPU share their memory" if device.kind == "mps" else "there is no GPU to share"
+        return Choice("direct", memory), None
+    reason = "asked for"
+    weights = {name: round(mb * MIB) for name, mb in estimate.weights_mb.items()} if estimate else None
+    if profile is None:
+        profile, reason = automatic_profile(device.total_memory, ram_bytes(), weights)
+    if profile is None:
+        return Choice("direct", reason), None
+    choice = Choice(f"profile {profile.number:g}", f"{reason}. {profile.sentence}")
+    if weights is None:
+        return choice, None
+    budgets = budgets_mib(profile, weights, device.total_memory)
+    return choice, max(budgets[name] or size / MIB for name, size in weights.items())
+
+
+def _find_lora(ctx: AppContext, preset: Preset, choice: LoraChoice) -> PlannedFile:
+    """A LoRA as given, in the family's LoRA folder, or below a checkpoint root. Raises UserError when it is nowhere."""
+    folder = ctx.lora_folder(preset)
+    if choice.file.startswith(("https://", "http://")):
+        url = choice.file.partition("|")[0]
+        beside = folder / url.partition("?")[0].rsplit("/", 1)[-1]
+        path = beside if beside.is_file() else ctx.files.find(url, subfolder=LORA_DOWNLOADS)
+        return PlannedFile(role="lora", url=url, subfolder=LORA_DOWNLOADS, path=path)
+    for path in (Path(choice.file).expanduser(), folder / choice.file, ctx.files.find(choice.file)):
+        if path is not None and path.is_file():
+            return PlannedFile(role="lora", url=choice.file, path=path)
+    there = [p.relative_to(folder).as_posix() for suffix in SUFFIXES for p in folder.rglob(f"*{suffix}")]
+    closest = difflib.get_close_matches(choice.file, there, n=3, cutoff=0.5)
+    raise UserError(
+        f"The LoRA file {choice.file} was not found, neither as given nor in {folder}.",
+        f"Closest there: {', '.join(closest)}." if closest else "Check the name, or name its folder with --lora-dir-*.",
+    )
+
+
+def _choice_dict(choice: Choice) -> dict[str, str]:
+    return {"value": choice.value, "reason": choice.reason}

@@ -1,0 +1,469 @@
+"""ModelSession: one model held in memory, and pictures drawn with it one by one, as events on the way.
+
+A batch is drawn picture by picture: each has its own seed (seed + i), looks the same alone as in the batch, is saved
+as soon as it is done, and is kept when the next one is interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.app.download import DownloadCancelled, DownloadProgress
+from shared.app.loading import LoadedModel, ModelHolder
+from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
+from shared.app.metadata import build_record, save_image
+from shared.app.output import OutputPlace, resolve_output
+from shared.app.plan import (
+    GenerationPlan,
+    PlannedFile,
+    find_machine,
+    find_machine_quickly,
+    make_plan,
+    requested_device,
+)
+from shared.app.presets import Preset
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import RunError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from shared.app.context import AppContext
+    from shared.app.settings import GenerationSettings
+
+STAGES = ("load", "text", "denoise", "decode", "total")
+_POLL_SECONDS = 0.2  # how often a waiting caller looks whether it was stopped
+WEIGHT_ROLES = ("transformer", "module", "text_encoder", "vae", "lora")  # files whose hashes a record keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What is going on, in words."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Downloading:
+    """A file of the model is on its way from the network."""
+
+    progress: DownloadProgress
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """step of steps is done in picture image of images, all counted from 1. seconds_left: of the whole batch."""
+
+    image: int
+    images: int
+    step: int
+    steps: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageDone:
+    """A picture is on the disk. record: what is written into it. image of images, counted from 1."""
+
+    path: Path
+    seed: int
+    record: dict[str, Any]
+    image: int
+    images: int
+
+
+Event = Status | Downloading | StepDone | ImageDone
+OnEvent = Callable[[Event], None]
+ShouldStop = Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationResult:
+    """What was drawn and what it took.
+
+    forwards: transformer calls per picture. seconds: wall-clock by stage (STAGES); downloads count in total only.
+    peak_rss_mb, peak_vram_mb: MiB; None where the system does not tell, and without an NVIDIA GPU.
+    files: path and SHA-256 of every weights file used. cancelled: fewer pictures than asked for.
+    """
+
+    images: list[ImageDone]
+    preset: str
+    forwards: int
+    seconds: dict[str, float]
+    peak_rss_mb: float | None
+    peak_vram_mb: float | None
+    files: list[dict[str, str]]
+    cancelled: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; pictures as path and seed."""
+        return {
+            "images": [{"path": str(image.path), "seed": image.seed} for image in self.images],
+            "preset": self.preset,
+            "forwards": self.forwards,
+            "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
+            "peak_rss_mb": _rounded(self.peak_rss_mb),
+            "peak_vram_mb": _rounded(self.peak_vram_mb),
+            "files": self.files,
+            "cancelled": self.cancelled,
+        }
+
+
+class ModelSession:
+    """Draws with one model at a time. One generation runs at once; a second caller waits for it."""
+
+    def __init__(self, ctx: AppContext) -> None:
+        self._ctx = ctx
+        self._model = ModelHolder(ctx)
+        self._one_at_a_time = threading.Lock()
+        self._stops: list[threading.Event] = []  # of the calls that have not returned, the running one first
+
+    def plan(self, preset: Preset | str, settings: GenerationSettings) -> GenerationPlan:
+        """What `generate` would use and fetch. Loads nothing; needs no torch on Linux without a GPU."""
+        preset = self._preset(preset)
+        return make_plan(self._ctx, preset, settings, find_machine_quickly(preset, requested_device(self._ctx)))
+
+    def generate(
+        self,
+        preset: Preset | str,
+        settings: GenerationSettings,
+        *,
+        on_event: OnEvent | None = None,
+        should_stop: ShouldStop | None = None,
+        output: Path | str | None = None,
+    ) -> GenerationResult:
+        """Draw settings.batch_size pictures and save each with its record.
+
+        on_event: called in this thread. should_stop: asked at least once a step; a generation that is stopped
+        returns the pictures it has finished. output: a file or a folder, see `resolve_output`.
+        Raises UserError for what the user can put right (before anything is loaded, as far as it can be known by
+        then), RunError for numbers that are not finite, a full disk, no network, no memory.
+        """
+        stop = threading.Event()
+
+        def stopped() -> bool:
+            return stop.is_set() or (should_stop is not None and should_stop())
+
+        run = _Run(
+            ctx=self._ctx,
+            model=self._model,
+            preset=self._preset(preset),
+            settings=settings,
+            announce=on_event or (lambda _: None),
+            should_stop=stopped,
+        )
+        self._stops.append(stop)
+        try:
+            while not self._one_at_a_time.acquire(timeout=_POLL_SECONDS):
+                if stopped():
+                    return run.result(cancelled=True)
+            try:
+                return run(output)
+            finally:
+                self._one_at_a_time.release()
+        finally:
+            self._stops.remove(stop)
+
+    def stream(
+        self, preset: Preset | str, settings: GenerationSettings, *, output: Path | str | None = None
+    ) -> Generator[Event, None, GenerationResult]:
+        """`generate` in a worker thread; yields its events and returns its result. Its errors are raised here.
+
+        Closing the iterator early stops the generation within a step, without waiting for it.
+        """
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        closed = threading.Event()
+        results: list[GenerationResult] = []
+        errors: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                results.append(
+                    self.generate(preset, settings, on_event=events.put, should_stop=closed.is_set, output=output)
+                )
+            except BaseException as error:  # noqa: BLE001 - carried to the caller's thread and raised there
+                errors.append(error)
+            finally:
+                events.put(None)
+
+        threading.Thread(target=work, name="generate", daemon=True).start()
+        try:
+            while (event := events.get()) is not None:
+                yield event
+        finally:
+            closed.set()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    def cancel(self) -> None:
+        """Stop the running generation within one step; from any thread. Does nothing when none runs."""
+        for stop in self._stops[:1]:
+            stop.set()
+            self._model.interrupt()
+
+    def release(self) -> None:
+        """Let go of the model and its memory, once the running generation has ended."""
+        with self._one_at_a_time:
+            self._model.release()
+
+    def _preset(self, preset: Preset | str) -> Preset:
+        return self._ctx.presets.get(preset) if isinstance(preset, str) else preset
+
+
+class _Stopped(Exception):
+    """The generation was asked to stop."""
+
+
+class _Run:
+    """One call of `generate`, from files to pictures; what it has done so far is in its attributes."""
+
+    def __init__(
+        self,
+        *,
+        ctx: AppContext,
+        model: ModelHolder,
+        preset: Preset,
+        settings: GenerationSettings,
+        announce: OnEvent,
+        should_stop: ShouldStop,
+    ) -> None:
+        self._ctx = ctx
+        self._model = model
+        self._preset = preset
+        self._settings = settings
+        self._announce = announce
+        self._should_stop = should_stop
+        self._images: list[ImageDone] = []
+        self._forwards = 0
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._files: list[dict[str, str]] = []
+
+    def __call__(self, output: Path | str | None) -> GenerationResult:
+        began = time.perf_counter()
+        cancelled = False
+        reset_peak_vram()
+        try:
+            place = resolve_output(output, self._ctx.output_folder, self._settings.batch_size)
+            place.prepare()  # before the model is loaded: no minute of loading for a slip of the pen
+            self._draw(place)
+        except (_Stopped, DownloadCancelled):
+            cancelled = True
+        self._seconds["total"] = time.perf_counter() - began
+        return self.result(cancelled=cancelled)
+
+    def result(self, *, cancelled: bool) -> GenerationResult:
+        return GenerationResult(
+            images=self._images,
+            preset=self._preset.id,
+            forwards=self._forwards,
+            seconds=self._seconds,
+            peak_rss_mb=peak_rss_mb(),
+            peak_vram_mb=peak_vram_mb(),
+            files=self._files,
+            cancelled=cancelled,
+        )
+
+    def _draw(self, place: OutputPlace) -> None:
+        began = time.perf_counter()
+        plan = make_plan(
+            self._ctx, self._preset, self._settings, find_machine(self._preset, requested_device(self._ctx))
+        )
+        planned = time.perf_counter()
+        if plan.missing:
+            self._fetch(plan.missing)
+            # Planned again: now the sizes are known, and with them the memory profile.
+            plan = make_plan(self._ctx, self._preset, self._settings, plan.machine)
+        downloaded = time.perf_counter()
+        self._stop_if_asked()
+        hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
+        model = self._model.ensure(plan, lambda words: self._announce(Status(words)))
+        self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded)
+
+        clock = _Clock(images=self._settings.batch_size, steps=self._settings.num_inference_steps)
+        for index in range(self._settings.batch_size):
+            self._stop_if_asked()
+            picture, seconds = self._draw_one(model, index, clock)
+            self._files = hashes.result()
+            self._save(place, plan, picture, index, seconds)
+            clock.image_done()
+
+    def _fetch(self, missing: Iterable[PlannedFile]) -> None:
+        """Download files. Raises UserError for one that cannot be downloaded, saying where to put it."""
+        for file in missing:
+            self._stop_if_asked()
+            self._announce(Status(f"Looking for {file.url.rsplit('/', 1)[-1]}"))
+            self._ctx.files.ensure(
+                file.url,
+                subfolder=file.subfolder,
+                on_progress=lambda progress: self._announce(Downloading(progress)),
+                should_stop=self._should_stop,
+            )
+
+    def _draw_one(self, model: LoadedModel, index: int, clock: _Clock) -> tuple[Image.Image, float]:
+        """Picture `index` and the seconds it took."""
+        import torch
+
+        settings = self._settings.for_image(index)
+        began = time.perf_counter()
+        model.processor._interrupt = False
+
+        def on_step(step: int, latents: Tensor | None = None, *_: Any) -> None:
+            if self._should_stop():
+                model.processor._interrupt = True
+            if step < 0 or latents is None:  # the announcement before the first step
+                return
+            done, steps = step + 1, settings.num_inference_steps
+            _require_finite(latents, f"the latents after step {done} of {steps}", self._preset, settings.seed)
+            left = clock.step_done(done)
+            self._announce(StepDone(index + 1, self._settings.batch_size, done, steps, left))
+
+        try:
+            result = model.processor.generate(
+                **settings.host_kwargs(),
+                callback=on_step,
+                set_progress_status=lambda text: self._announce(Status(str(text))),
+            )
+        except torch.OutOfMemoryError as error:
+            size = f"{settings.width}x{settings.height}"
+            raise RunError(
+                f"The GPU ran out of memory while drawing {self._preset.id} at {size}: {error}",
+                "Take a smaller size, decode in tiles (--set VAE_tile_size=64), or a higher --profile.",
+            ) from error
+        if result is None:
+            raise _Stopped
+        _require_finite(result, "the decoded picture", self._preset, settings.seed)
+        report = model.processor.report
+        self._forwards = int(report["forwards"])
+        for stage, seconds in report["seconds"].items():
+            self._seconds[stage] += seconds
+        return to_image(result), time.perf_counter() - began
+
+    def _save(self, place: OutputPlace, plan: GenerationPlan, picture: Image.Image, index: int, seconds: float) -> None:
+        settings = self._settings.for_image(index)
+        created = datetime.now().astimezone()
+        names = {role: [f.path.name for f in plan.files if f.role == role and f.path] for role in WEIGHT_ROLES}
+        record = build_record(
+            settings.as_record(),
+            defaults=plan.preset.settings,
+            preset_id=plan.preset.id,
+            preset_name=plan.preset.name,
+            architecture=plan.preset.architecture,
+            model_def=plan.preset.model_def,
+            model_filename=names["transformer"][0],
+            modules=names["module"],
+            generation_seconds=seconds,
+            created=created,
+            provenance={
+                "forwards": self._forwards,
+                "device": plan.machine.device.name,
+                "dtype": plan.machine.dtype.value,
+                "attention": plan.attention.value,
+                # names only: a picture that is passed on should not tell where its maker keeps files
+                "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
+            },
+        )
+        path = place.path_for(settings, index, created)
+        save_image(path, picture, record)
+        done = ImageDone(path, settings.seed, record, index + 1, self._settings.batch_size)
+        self._images.append(done)
+        self._announce(done)
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop():
+            raise _Stopped
+
+
+class _Clock:
+    """Estimates the seconds left from the steps and pictures so far."""
+
+    def __init__(self, *, images: int, steps: int) -> None:
+        self._images, self._steps = images, steps
+        self._started = self._step_at = time.perf_counter()
+        self._step_seconds: list[float] = []
+        self._image_seconds: list[float] = []
+
+    def step_done(self, step: int) -> float | None:
+        """Seconds left after this step (from 1) of the present picture; None while there is nothing to go by."""
+        now = time.perf_counter()
+        if step > 1:  # the first interval of a picture holds its text encoding and all warming up
+            self._step_seconds.append(now - self._step_at)
+        self._step_at = now
+        if not self._step_seconds and not self._image_seconds:
+            return None
+        images_left = self._images - len(self._image_seconds) - 1
+        if self._image_seconds:
+            per_image = sum(self._image_seconds) / len(self._image_seconds)
+            return max(0.0, per_image * (images_left + 1) - (now - self._started))
+        per_step = sum(self._step_seconds) / len(self._step_seconds)
+        return per_step * (self._steps - step + images_left * self._steps)
+
+    def image_done(self) -> None:
+        now = time.perf_counter()
+        self._image_seconds.append(now - self._started)
+        self._started = self._step_at = now
+
+
+class _Hashes:
+    """SHA-256 of files, computed in the background while the model loads: the bytes are read from disk only once."""
+
+    def __init__(self, sha256: Callable[[Path], str], paths: Sequence[Path]) -> None:
+        self._sha256 = sha256
+        self._paths = paths
+        self._found: list[dict[str, str]] = []
+        self._error: OSError | None = None
+        # A daemon: an interrupted program does not wait until 12 GB are hashed.
+        self._thread = threading.Thread(target=self._hash_all, name="sha256", daemon=True)
+        self._thread.start()
+
+    def _hash_all(self) -> None:
+        try:
+            for path in self._paths:
+                self._found.append({"path": str(path), "sha256": self._sha256(path)})
+        except OSError as error:
+            self._error = error
+
+    def result(self) -> list[dict[str, str]]:
+        """Path and hash of each file, waited for. Raises RunError when one cannot be read."""
+        self._thread.join()
+        if self._error is not None:
+            raise RunError(f"A weights file could not be read: {self._error}.") from self._error
+        return self._found
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """The first picture of (3, N, H, W) in [-1, 1], as 8 bits per channel, rounded."""
+    import torch
+    from PIL import Image
+
+    levels = ((pixels[:, 0].float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def _require_finite(values: Tensor, what: str, preset: Preset, seed: int) -> None:
+    if bool(values.isfinite().all()):
+        return
+    kind = "NaN" if bool(values.isnan().any()) else "infinite numbers"
+    raise RunError(
+        f"{preset.id}, seed {seed}: {what} contain {kind}; no picture was saved.",
+        "The weights or their number format do not suit this device: try another file of the model, or --gpu cpu.",
+    )
+
+
+def _weights_of(files: Iterable[PlannedFile]) -> list[Path]:
+    """Every weights file on disk once, shards one by one."""
+    paths = [file.path for file in files if file.role in WEIGHT_ROLES and file.path is not None]
+    return list(dict.fromkeys(part for path in paths for part in Checkpoint.open(path).files))
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or math.isnan(value) else round(value, 1)

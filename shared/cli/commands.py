@@ -1,0 +1,200 @@
+"""The subcommands: each takes the parsed flags, says what it has to say, and returns the exit code."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.cli.parser import overrides_of
+
+if TYPE_CHECKING:
+    from shared.app.context import AppContext
+    from shared.app.plan import GenerationPlan, PlannedFile
+    from shared.app.presets import Preset
+    from shared.app.session import Event, GenerationResult, ImageDone
+
+DONE, INTERRUPTED = 0, 130
+
+_TEXT_WIDTH = 100
+
+
+def generate(ctx: AppContext, args: argparse.Namespace) -> int:
+    """Draw pictures: progress on stderr, paths (or with --json one object in the last line) on stdout."""
+    from shared.app.context import DEFAULT_PRESET
+    from shared.app.output import resolve_output
+    from shared.app.settings import GenerationSettings
+
+    preset = ctx.presets.get(args.preset or DEFAULT_PRESET)
+    settings = GenerationSettings.build(preset, ctx.saved_settings(preset), overrides_of(args))
+    for note in (*preset.notes, *settings.notes):
+        print(note, file=sys.stderr)
+    if args.dry_run:
+        place = resolve_output(args.output, ctx.output_folder, settings.batch_size)
+        plan = ctx.session.plan(preset, settings)
+        output = str(place.folder / place.template) if place.template else str(place.folder)
+        _print_json(plan.as_dict() | {"output": output}) if args.json else print(plan_text(plan, output))
+        return DONE
+
+    from shared.app.session import ImageDone
+    from shared.cli.progress import ProgressLine
+
+    images: list[ImageDone] = []
+    try:
+        # Libraries print to stdout as they please; stdout belongs to the result.
+        with contextlib.redirect_stdout(sys.stderr), ProgressLine(quiet=args.verbose == 0) as show:
+
+            def on_event(event: Event) -> None:
+                if isinstance(event, ImageDone):
+                    images.append(event)
+                show(event)
+
+            result = ctx.session.generate(preset, settings, on_event=on_event, output=args.output)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this report
+        _print_pictures(images, preset, args, cancelled=True)
+        print(f"Interrupted; {len(images)} of {settings.batch_size} pictures were finished and kept.", file=sys.stderr)
+        return INTERRUPTED
+    except Exception:
+        if not args.json:
+            _print_pictures(images, preset, args)
+        raise
+    if args.json:
+        _print_json(result.as_dict())
+    else:
+        _print_pictures(images, preset, args)
+        if args.verbose:
+            print(result_text(result), file=sys.stderr)
+    return DONE
+
+
+def presets(ctx: AppContext, args: argparse.Namespace) -> int:
+    """List the presets that are shown, by family."""
+    groups = ctx.presets.grouped()
+    if args.json:
+        _print_json([preset_dict(ctx, preset) for _, group in groups for preset in group], indent=2)
+        return DONE
+    for label, group in groups:
+        print(label)
+        width = max(len(preset.id) for preset in group)
+        for preset in group:
+            missing = missing_files(ctx, preset)
+            mark = f"  ({missing_words(missing[0])})" if missing else ""
+            print(f"  {preset.id:<{width}}  {preset.name}{mark}")
+            if preset.description:
+                indent = " " * (width + 4)
+                print(textwrap.fill(preset.description, _TEXT_WIDTH, initial_indent=indent, subsequent_indent=indent))
+    return DONE
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Say what a weights file is, from its header alone."""
+    from shared.quant.inspect import inspect_path
+
+    found = inspect_path(Path(args.file))
+    if args.json:
+        _print_json(found, indent=2)
+    else:
+        print("\n".join(_lines(found)))
+    return DONE
+
+
+def preset_dict(ctx: AppContext, preset: Preset) -> dict[str, Any]:
+    """What `presets --json` tells about one preset."""
+    return {
+        "id": preset.id,
+        "name": preset.name,
+        "family": preset.family,
+        "architecture": preset.architecture,
+        "description": preset.description,
+        "urls": list(preset.urls),
+        "installed": not missing_files(ctx, preset),
+    }
+
+
+def missing_files(ctx: AppContext, preset: Preset) -> list[PlannedFile]:
+    """The files the preset needs that are not on this machine."""
+    from shared.app.plan import find_files
+    from shared.app.presets import choose_files
+
+    return [file for file in find_files(ctx, choose_files(preset)) if file.path is None]
+
+
+def missing_words(file: PlannedFile) -> str:
+    """What is to be done about a file that is not here."""
+    return "to download" if file.is_remote else "missing"
+
+
+def plan_text(plan: GenerationPlan, output: str) -> str:
+    """The plan for people."""
+    from shared.cli.progress import file_size
+
+    settings = plan.settings
+    size = f"{settings.width}x{settings.height}"
+    lines = [
+        f"{plan.preset.id}: {settings.batch_size} picture(s) of {size}, {settings.num_inference_steps} steps, "
+        f"seed {settings.seed}, to {output}",
+        "",
+        "Files",
+    ]
+    for file in plan.files:
+        where = f"{file.path} ({file_size(file.bytes or 0)})" if file.path else f"{missing_words(file)}: {file.url}"
+        lines.append(f"  {file.role:<13} {where}")
+    device = plan.machine.device
+    choices = {
+        "device": f"{device.kind}, {device.name} ({device.reason})",
+        "number type": f"{plan.machine.dtype.value} ({plan.machine.dtype.reason})",
+        "attention": f"{plan.attention.value} ({plan.attention.reason})",
+        "offload": f"{plan.offload.value} ({plan.offload.reason})",
+    }
+    lines += ["", "Machine", *(f"  {name:<13} {words}" for name, words in choices.items()), ""]
+    if plan.memory is None:
+        lines.append("Memory: known when all weights are on this machine")
+    else:
+        vram = f", {plan.memory.vram_mb:,.0f} MiB on the GPU" if plan.memory.vram_mb else ""
+        lines.append(f"Memory, estimated: {plan.memory.ram_mb:,.0f} MiB of RAM{vram}")
+    return "\n".join(lines)
+
+
+def result_text(result: GenerationResult) -> str:
+    """Seconds and memory for people, in one line."""
+    from shared.cli.progress import duration
+
+    stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
+    vram = f", {result.peak_vram_mb:,.0f} MiB on the GPU" if result.peak_vram_mb else ""
+    rss = f"; peak {result.peak_rss_mb:,.0f} MiB of RAM{vram}" if result.peak_rss_mb else ""
+    return f"{stages}{rss}"
+
+
+def _print_pictures(
+    images: Sequence[ImageDone], preset: Preset, args: argparse.Namespace, *, cancelled: bool = False
+) -> None:
+    if args.json:
+        kept = [{"path": str(image.path), "seed": image.seed} for image in images]
+        _print_json({"images": kept, "preset": preset.id, "cancelled": cancelled})
+    for image in () if args.json else images:
+        print(image.path)
+
+
+def _print_json(value: Any, indent: int | None = None) -> None:
+    print(json.dumps(value, indent=indent), flush=True)  # ASCII: any console and any reader takes it
+
+
+def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
+    """Nested values as indented "key: value" lines; empty ones are left out."""
+    lines: list[str] = []
+    for key, value in values.items():
+        label = f"{indent}{str(key).replace('_', ' ')}:"
+        if isinstance(value, Mapping) and value:
+            lines += [label, *_lines(value, indent + "  ")]
+        elif isinstance(value, (list, tuple)) and value:
+            lines += [label, *(f"{indent}  {item}" for item in value)]
+        elif value not in (None, "", [], {}, ()):
+            lines.append(f"{label} {value:,}" if type(value) is int else f"{label} {value}")
+    return lines

@@ -1,0 +1,200 @@
+"""The command line: flags spelled as in Wan2GP, valid before and after the subcommand, and the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from shared.app.settings import loras_as_host_settings, parse_lora
+
+if TYPE_CHECKING:
+    from shared.app.families import Families
+
+_DESCRIPTION = "Draw pictures from sentences with Z-Image. Without a subcommand: start the web page."
+_EPILOG = """\
+examples:
+  wgp.py generate "a red circle on a blue ground"
+  wgp.py generate "a lighthouse at dusk" --preset z_image --resolution 1024x1024 --seed 7 --output lighthouse.png
+  wgp.py presets
+  wgp.py inspect some_checkpoint.safetensors
+"""
+
+
+def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
+    """The whole command line. lora_root: shown as the default place of LoRA files."""
+    parser = argparse.ArgumentParser(
+        prog="wgp.py",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[_common_flags(families, lora_root)],
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="generate | presets | inspect", title="subcommands")
+    common = _after_subcommand(_common_flags(families, lora_root))
+    for name, help_text, add_arguments in (
+        ("generate", "draw pictures", _add_generate),
+        ("presets", "list the models that can be chosen", _add_presets),
+        ("inspect", "say what a weights file is, from its tensors", _add_inspect),
+    ):
+        add_arguments(commands.add_parser(name, help=help_text, parents=[common], allow_abbrev=False))
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; exits with code 2 and a usage line when the arguments cannot be understood (argparse's habit)."""
+    args = parser.parse_args(argv)
+    args.ckpts = [*args.ckpts, *vars(args).pop("ckpts_after", [])]
+    return args
+
+
+def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings given on the command line, under the host's key names; a named flag wins over `--set`."""
+    overrides: dict[str, Any] = dict(args.set)
+    named = {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative_prompt,
+        "resolution": args.resolution,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+    }
+    overrides |= {key: value for key, value in named.items() if value is not None}
+    if args.lora:
+        overrides |= loras_as_host_settings([parse_lora(text) for text in args.lora])
+    return overrides
+
+
+def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser:
+    """The flags of every subcommand and of the page, as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    folders = parser.add_argument_group("folders")
+    folders.add_argument(
+        "--ckpts",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="another folder to look for models in, such as a Wan2GP or ComfyUI models folder; repeatable",
+    )
+    folders.add_argument("--loras", metavar="DIR", default="", help=f"root of all LoRA folders (default: {lora_root})")
+    families.register_cli_args(parser, lora_root)
+    folders.add_argument(
+        "--settings",
+        metavar="DIR",
+        default="",
+        help="folder of your own defaults, <preset>_settings.json (default: settings)",
+    )
+    folders.add_argument(
+        "--config",
+        metavar="DIR",
+        default="",
+        help="folder of wgp_config.json (default: the program's folder)",
+    )
+    folders.add_argument("--output-dir", metavar="DIR", default="", help="folder for pictures (default: outputs)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--gpu", metavar="DEVICE", default="", help="device to use: cuda, mps or cpu (default: the best there is)"
+    )
+    machine.add_argument(
+        "--profile",
+        metavar="N",
+        type=float,
+        default=-1,
+        help="memory profile 1, 2, 3, 3.5, 4, 4.5 or 5; higher needs less memory (default: from the config)",
+    )
+    machine.add_argument(
+        "--attention",
+        metavar="MODE",
+        default="",
+        help="auto, sdpa, sage, sage2, flash or xformers (default: from the preset or config, else auto)",
+    )
+    machine.add_argument(
+        "--verbose",
+        metavar="N",
+        type=int,
+        choices=(0, 1, 2),
+        default=1,
+        help="0: errors only, 1: normal, 2: with tracebacks and details",
+    )
+    page = parser.add_argument_group("web page")
+    page.add_argument(
+        "--server-port",
+        metavar="PORT",
+        type=int,
+        default=0,
+        help="port (default: environment SERVER_PORT, else 7860)",
+    )
+    page.add_argument(
+        "--server-name",
+        metavar="HOST",
+        default="",
+        help="address to serve on (default: environment SERVER_NAME, else localhost)",
+    )
+    page.add_argument("--listen", action="store_true", help="serve on all addresses of this machine")
+    page.add_argument("--open-browser", action="store_true", help="open the page in the browser")
+    return parser  # fmt: skip
+
+
+def _after_subcommand(common: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The same flags for use behind a subcommand: silent when absent, so that they keep what stood before it."""
+    for action in common._actions:
+        action.default = argparse.SUPPRESS
+        if action.dest == "ckpts":  # argparse would start a new list and drop the folders named before the subcommand
+            action.dest = "ckpts_after"
+    return common
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    parser.add_argument("--preset", metavar="ID", default=None, help="model (default: the demo); see `wgp.py presets`")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should stay away from")
+    parser.add_argument("--resolution", metavar="WxH", help="size in pixels, multiples of 16")
+    parser.add_argument("--steps", metavar="N", type=int, help="transformer forwards per picture")
+    parser.add_argument("--guidance-scale", metavar="F", type=float, help="classifier-free guidance; 0 turns it off")
+    parser.add_argument("--seed", metavar="N", type=int, help="-1 draws one; picture i of a batch uses seed + i")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="number of pictures")
+    parser.add_argument(
+        "--lora",
+        metavar="FILE[:STRENGTH]",
+        action="append",
+        default=[],
+        help="LoRA file, as given or in the LoRA folder; strength 1 if left out; repeatable",
+    )
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        type=_setting,
+        action="append",
+        default=[],
+        help="any other setting, such as NAG_scale=2 or flow_shift=3; repeatable",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="PATH",
+        help="file (.png, .jpg, .webp; {seed} and {index} are filled in) or folder (default: --output-dir)",
+    )
+    parser.add_argument("--json", action="store_true", help="end stdout with one JSON object about what was done")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="only say what would be loaded and downloaded, and how much memory it takes")  # fmt: skip
+
+
+def _add_presets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a .safetensors file, its index, or a folder holding one")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    try:
+        return key.strip(), json.loads(value)
+    except ValueError:  # plain text needs no quotes
+        return key.strip(), value
