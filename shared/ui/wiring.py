@@ -1,0 +1,258 @@
+"""Connect the panels' events to the application. The only file with callbacks, and none of them knows a model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from shared.app.context import DEFAULT_PRESET
+from shared.app.metadata import read_record
+from shared.app.presets import Preset, choose_files
+from shared.app.session import Downloading, Event, ImageDone, StepDone
+from shared.app.settings import GenerationSettings
+from shared.quant.errors import RunError, UserError
+from shared.ui import result_panel
+from shared.ui.fields import CUSTOM, RANDOM_SEED, fields_for, find_loras, overrides, preset_choices
+from shared.ui.generate_panel import (
+    ComposePanel,
+    SettingsPanel,
+    form_components,
+    form_updates,
+    input_components,
+    preset_note,
+)
+from shared.ui.result_panel import ResultPanel
+
+if TYPE_CHECKING:
+    from shared.app.context import AppContext
+
+log = logging.getLogger(__name__)
+
+Updates = dict[Any, Any]  # component -> its new value or gr.update(...)
+
+
+def wire(ctx: AppContext, app: gr.Blocks, compose: ComposePanel, settings: SettingsPanel, result: ResultPanel) -> None:
+    """Attach every event of the page to `ctx`."""
+    page = Page(ctx=ctx, compose=compose, settings=settings, result=result)
+    form = [compose.preset_note, *form_components(compose, settings)]
+    buttons = [compose.generate, compose.cancel]
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    at_once: dict[str, Any] = {**quiet, "queue": False}  # answered while pictures are being drawn
+
+    app.load(page.opened, None, [compose.preset, compose.prompt, *form], **at_once)
+    compose.preset.input(page.preset_picked, compose.preset, form, **at_once)
+    compose.refresh.click(page.refreshed, compose.preset, [compose.preset, *form], **at_once)
+
+    drawing = (
+        gr.on([compose.generate.click, compose.prompt.submit], page.asked, None, [result.status, *buttons], **at_once)
+        .then(
+            page.draw, set(input_components(compose, settings).values()),
+            [result.status, result.gallery, result.info, result.seeds, *buttons], concurrency_limit=1, **quiet,
+        )
+    )  # fmt: skip
+    compose.cancel.click(page.cancelled, None, [result.status, *buttons], cancels=[drawing], **at_once)
+
+    settings.resolution.input(page.size_picked, settings.resolution, settings.custom_size, **at_once)
+    settings.NAG_scale.change(page.nag_moved, [compose.preset, settings.NAG_scale], compose.negative_prompt, **at_once)
+    settings.random_seed.click(lambda: RANDOM_SEED, None, settings.seed, **at_once)
+    settings.reuse_seed.click(page.seed_reused, result.seeds, settings.seed, **at_once)
+    settings.use_settings.click(
+        page.settings_restored, [compose.preset, settings.picture],
+        [result.status, compose.preset, compose.prompt, *form], **at_once,
+    )  # fmt: skip
+
+
+@dataclass(slots=True)
+class Easel:
+    """Which browser page is being drawn for: one at a time, the others wait in gradio's queue."""
+
+    page: str | None = None
+
+    @contextmanager
+    def taken_by(self, page: str | None) -> Iterator[None]:
+        self.page = page
+        try:
+            yield
+        finally:
+            self.page = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """The callbacks. Each gets component values and returns what changes, by component."""
+
+    ctx: AppContext
+    compose: ComposePanel
+    settings: SettingsPanel
+    result: ResultPanel
+    easel: Easel = field(default_factory=Easel)
+
+    # ---- choosing a preset
+
+    def opened(self) -> Updates:
+        """Fill a page that was just opened: the presets of this moment, the last used one (or the demo) chosen."""
+        known = self.ctx.presets.presets
+        wanted = (self.ctx.config.get("last_model_type"), DEFAULT_PRESET, *known)
+        preset_id = next((name for name in wanted if name in known), None)
+        updates = self._chosen(preset_id)
+        if preset_id is not None:
+            updates[self.compose.prompt] = self._defaults(known[preset_id])[0].get("prompt") or ""
+        return updates
+
+    def preset_picked(self, preset_id: str) -> Updates:
+        """Show the fields of another preset with its defaults; what the user typed as prompt stays."""
+        return self._form(self.ctx.presets.get(preset_id))
+
+    def refreshed(self, preset_id: str | None) -> Updates:
+        """Read the preset files again; the chosen preset stays chosen if it still exists."""
+        try:
+            known = self.ctx.refresh_presets().presets
+        except UserError as error:  # a broken file among the program's own presets; the old ones stay in use
+            return {self.compose.preset_note: preset_note("", problems=[str(error)])}
+        return self._chosen(preset_id if preset_id in known else next(iter(known), None))
+
+    # ---- drawing
+
+    def asked(self) -> Updates:
+        """The first answer to Generate, given at once even when another page is being drawn for."""
+        words = "Starting" if self.easel.page is None else "Waiting for another page's pictures"
+        return {self.result.status: result_panel.working(words)} | self._buttons(busy=True)
+
+    def draw(self, entered: Mapping[Any, Any], request: gr.Request) -> Iterator[Updates]:
+        """Draw the pictures and show every event on the way; however it ends, the page can draw again."""
+        images: list[ImageDone] = []
+        began = time.monotonic()
+        try:
+            preset, settings = self._order(entered)
+            outcome = result_panel.note(" ".join(settings.notes))
+            self._remember(preset)
+            with self.easel.taken_by(request.session_hash):
+                for event in self.ctx.session.stream(preset, settings):
+                    yield self._shown(event, images, seconds=time.monotonic() - began)
+        except UserError as error:
+            outcome = result_panel.failure(error)
+        except Exception as error:  # the page is the last to hear of a bug: it says so and stays usable
+            log.exception("drawing failed")
+            reason = f"{type(error).__name__}: {error}"
+            outcome = result_panel.failure(RunError(f"Drawing failed: {reason}", "The terminal shows the details."))
+        yield {self.result.status: outcome} | self._buttons(busy=False)
+
+    def cancelled(self, request: gr.Request) -> Updates:
+        """Stop this page's drawing within one step, or take it out of the queue; never another page's."""
+        if self.easel.page == request.session_hash:
+            self.ctx.session.cancel()
+        words = "Cancelled. Pictures that were finished are kept."
+        return {self.result.status: result_panel.note(words)} | self._buttons(busy=False)
+
+    # ---- single fields
+
+    def size_picked(self, resolution: str) -> Any:
+        """Open the width and height fields for a custom size."""
+        return gr.update(visible=resolution == CUSTOM)
+
+    def nag_moved(self, preset_id: str, nag_scale: float) -> Any:
+        """Show the negative prompt as soon as NAG makes it count."""
+        fields = fields_for(self.ctx.presets.get(preset_id), {})
+        return gr.update(visible=fields.uses_negative_prompt(nag_scale))
+
+    def seed_reused(self, seeds: list[int]) -> Any:
+        """Put the seed of the last picture (the first of several) into the seed field."""
+        return seeds[0] if seeds else gr.skip()
+
+    def settings_restored(self, preset_id: str, picture: str | None) -> Updates:
+        """Fill the form with the settings written inside a picture, and pick its preset if it is here."""
+        try:
+            if picture is None:
+                raise UserError("There is no picture to take settings from.", "Drop one into the box first.")
+            record = read_record(Path(picture))
+            if record is None:
+                raise UserError("This picture carries no settings.", "Only pictures saved with their settings do.")
+            made_with = str(record.get("model_type", ""))
+            preset = self.ctx.presets.presets.get(made_with) or self.ctx.presets.get(preset_id)
+            values = GenerationSettings.build(preset, record).as_record()
+        except UserError as error:
+            return {self.result.status: result_panel.failure(error)}
+        words = "The settings of this picture are in place."
+        if preset.id != made_with:
+            words += f" It was made with {made_with or 'another program'}, which is not among the models here."
+        return {
+            self.result.status: result_panel.note(words),
+            self.compose.prompt: values["prompt"],
+            **self._form(preset, values),
+            self.compose.preset: gr.update(value=preset.id),
+        }
+
+    # ---- parts of the above
+
+    def _chosen(self, preset_id: str | None) -> Updates:
+        """The dropdown with the presets of this moment and the form of the chosen one."""
+        choices = preset_choices(self.ctx.presets.grouped())
+        updates: Updates = {self.compose.preset: gr.update(choices=choices, value=preset_id)}
+        if preset_id is None:
+            hint = "No preset was found. Put one into the folder defaults or finetunes and press ↻."
+            return updates | {self.compose.preset_note: preset_note(hint, problems=self.ctx.presets.problems)}
+        return updates | self._form(self.ctx.presets.presets[preset_id])
+
+    def _form(self, preset: Preset, values: Mapping[str, Any] | None = None) -> Updates:
+        """Note and fields of a preset, filled with `values` or, without, with the user's defaults."""
+        problems = list(self.ctx.presets.problems)
+        if values is None:
+            values, unread = self._defaults(preset)
+            problems += unread
+        fields = fields_for(preset, values, find_loras(self.ctx.lora_folder(preset)))
+        missing = sum(self.ctx.files.find(want.url) is None for want in choose_files(preset).wants)
+        note = preset_note(preset.description, missing_files=missing, problems=problems)
+        return {self.compose.preset_note: note} | form_updates(self.compose, self.settings, fields)
+
+    def _defaults(self, preset: Preset) -> tuple[Mapping[str, Any], list[str]]:
+        """The preset's settings under the user's own, and what could not be read."""
+        try:
+            return {**preset.settings, **self.ctx.saved_settings(preset)}, []
+        except UserError as error:
+            return preset.settings, [str(error)]
+
+    def _remember(self, preset: Preset) -> None:
+        """The next page starts with this preset; a folder that cannot be written is no reason not to draw."""
+        try:
+            self.ctx.save_config(last_model_type=preset.id)
+        except UserError as error:
+            log.warning("the last used model is not remembered: %s", error)
+
+    def _order(self, entered: Mapping[Any, Any]) -> tuple[Preset, GenerationSettings]:
+        """What the page asks for, checked. Raises UserError naming the field that is wrong."""
+        values = {name: entered[part] for name, part in input_components(self.compose, self.settings).items()}
+        if values["preset"] is None:
+            raise UserError("No model is chosen.", "Pick one in the list at the top.")
+        preset = self.ctx.presets.get(values["preset"])
+        saved = self.ctx.saved_settings(preset)
+        return preset, GenerationSettings.build(preset, saved, overrides(fields_for(preset, saved), values))
+
+    def _shown(self, event: Event, images: list[ImageDone], *, seconds: float) -> Updates:
+        """What one event of the session changes on the page; a finished picture is added to `images`."""
+        status = self.result.status
+        if isinstance(event, StepDone):
+            return {status: result_panel.step_status(event)}
+        if isinstance(event, Downloading):
+            return {status: result_panel.download_status(event.progress)}
+        if isinstance(event, ImageDone):
+            images.append(event)
+            return {
+                self.result.gallery: result_panel.pictures(images),
+                self.result.info: result_panel.summary(images, seconds),
+                self.result.seeds: [image.seed for image in images],
+            }
+        return {status: result_panel.working(event.text)}
+
+    def _buttons(self, *, busy: bool) -> Updates:
+        """Generate while idle, Cancel in its place while drawing or waiting."""
+        return {
+            self.compose.generate: gr.update(visible=not busy),
+            self.compose.cancel: gr.update(visible=busy),
+        }
