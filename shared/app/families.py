@@ -48,8 +48,7 @@ class Families:
         if architecture not in self.handlers:
             closest = difflib.get_close_matches(architecture, self.handlers, n=1)
             raise UserError(
-                f'unknown architecture "{architecture}"'
-                + (f', the closest is "{closest[0]}".' if closest else "."),
+                f'unknown architecture "{architecture}"' + (f', the closest is "{closest[0]}".' if closest else "."),
                 f"Known: {', '.join(self.handlers)}.",
             )
         return self.handlers[architecture]

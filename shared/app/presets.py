@@ -165,9 +165,7 @@ class PresetCollection:
             )
             for family, (_, label) in infos
         ]
-        return [
-            (label, sorted(presets, key=lambda preset: preset.name)) for label, presets in groups if presets
-        ]
+        return [(label, sorted(presets, key=lambda preset: preset.name)) for label, presets in groups if presets]
 
 
 def load_presets(folders: Sequence[Path], families: Families) -> PresetCollection:
@@ -181,9 +179,7 @@ def load_presets(folders: Sequence[Path], families: Families) -> PresetCollectio
         for path in sorted(folder.glob("*.json")):
             library.add(path, is_users=number > 0)
     presets = library.build_all()
-    return PresetCollection(
-        presets=presets, problems=library.problems, broken=library.broken, families=families
-    )
+    return PresetCollection(presets=presets, problems=library.problems, broken=library.broken, families=families)
 
 
 def choose_files(
@@ -268,10 +264,7 @@ def _preload_want(url: str) -> FileWant:
 
 def _companion_files(handler: Any, architecture: str, model_def: Mapping[str, Any]) -> tuple[FileWant, ...]:
     """The handler's list of further files, one by one."""
-    answer = (
-        handler.query_model_files(lambda name: [_file_name(name)] if name else [], architecture, model_def)
-        or []
-    )
+    answer = handler.query_model_files(lambda name: [_file_name(name)] if name else [], architecture, model_def) or []
     wants = []
     for repository in answer if isinstance(answer, list) else [answer]:
         folders = repository["sourceFolderList"]
@@ -339,25 +332,37 @@ class _Library:
             try:
                 return {preset_id: self._build(preset_id) for preset_id in self.layers}
             except _BrokenDefinition as error:
-                layers = self.layers[error.owner]
-                if not layers[-1].is_users:
+                culprit = self._nearest_users(error.owner)
+                if culprit is None:
                     raise UserError(error.message, error.hint) from error
-                layers.pop()
-                if not layers:
-                    del self.layers[error.owner]
-                self._leave_out(error.owner, error)
+                path = self.layers[culprit].pop().path
+                if not self.layers[culprit]:
+                    del self.layers[culprit]
+                because = "" if culprit == error.owner else f"{path}: with this file, "
+                self._leave_out(culprit, UserError(because + error.message, error.hint))
+
+    def _nearest_users(self, preset_id: str) -> str | None:
+        """The nearest preset with a user's layer, this one first and then along its references."""
+        reached = [preset_id]
+        for name in reached:
+            layers = self.layers.get(name)
+            if layers and layers[-1].is_users:
+                return name
+            values = self._model(name).values() if layers else ()
+            texts = [item for value in values for item in (value if isinstance(value, list) else [value])]
+            references = [text.partition("#")[0] for text in texts if isinstance(text, str)]
+            reached += [reference for reference in references if reference not in reached]
+        return None
 
     def _leave_out(self, preset_id: str, error: UserError) -> None:
         self.problems.append(f"{error} This file is left out.")
-        self.broken[preset_id] = UserError(error.message, error.hint)
+        self.broken[preset_id] = error
 
     def _refuse_twin(self, path: Path, is_users: bool) -> None:
         """Ids that differ only in case would share one settings file where file names ignore case."""
         twin = self._seen.setdefault((is_users, path.stem.casefold()), path)
         if twin != path:
-            raise UserError(
-                f"{path}: {twin} already has this preset id.", "Rename or remove one of the two files."
-            )
+            raise UserError(f"{path}: {twin} already has this preset id.", "Rename or remove one of the two files.")
 
     def _model(self, preset_id: str) -> dict[str, Any]:
         """The JSONs' "model" parts laid over each other."""
@@ -368,9 +373,7 @@ class _Library:
         model = self._model(preset_id)
         architecture = model.get("architecture")
         if architecture is None:
-            raise self._error(
-                preset_id, 'the "model" part has no "architecture".', "Name one: z_image, for instance."
-            )
+            raise self._error(preset_id, 'the "model" part has no "architecture".', "Name one: z_image, for instance.")
         try:
             handler = self.families.handler(architecture)
         except UserError as error:
@@ -386,9 +389,8 @@ class _Library:
         while isinstance(value, str):
             owner = chain[-1]
             if value in chain:
-                users = [name for name in chain[chain.index(value) :] if self.layers[name][-1].is_users]
                 circle = " -> ".join([*chain[chain.index(value) :], value])
-                raise self._error((users or [owner])[-1], f'"{key}" refers to itself: {circle}.')
+                raise self._error(owner, f'"{key}" refers to itself: {circle}.')
             self._require_preset(owner, key, value)
             chain.append(value)
             value = self._definition(value).get(key)
@@ -407,9 +409,10 @@ class _Library:
         )
 
     def _modules(self, preset_id: str, definition: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
+        """Alternatives of each module. Named modules are not the preset's own: it lends them ("id#name")."""
         modules = self._inherited(preset_id, definition, "modules")
         if isinstance(modules, Mapping):
-            raise self._error(preset_id, '"modules" has names, and another preset must pick one ("id#name").')
+            return ()
         return tuple(self._module(preset_id, item, ()) for item in modules)
 
     def _module(self, owner: str, item: Any, chain: tuple[str, ...]) -> tuple[str, ...]:
@@ -447,9 +450,7 @@ class _Library:
         except UserError as error:
             raise _BrokenDefinition(preset_id, error.message, error.hint) from error
         # "name" and "description" label the choice; the preset keeps its own.
-        return {
-            key: value for key, value in keys.items() if key not in ("name", "description", "architecture")
-        }
+        return {key: value for key, value in keys.items() if key not in ("name", "description", "architecture")}
 
     def _build_from(self, preset_id: str, definition: dict[str, Any]) -> Preset:
         layers = self.layers[preset_id]
@@ -460,9 +461,7 @@ class _Library:
             raise self._error(preset_id, 'no weights: the "model" part has no "URLs".')
         vae_urls = definition.get("VAE_URLs")
         if isinstance(vae_urls, str) and vae_urls not in self.layers:
-            definition = definition | {
-                "VAE_URLs": [vae_urls]
-            }  # here, unlike elsewhere, a text may be the file itself
+            definition = definition | {"VAE_URLs": [vae_urls]}  # here, unlike elsewhere, a text may be the file itself
         loras = self._inherited(preset_id, definition, "loras")
         return Preset(
             id=preset_id,

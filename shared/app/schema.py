@@ -109,9 +109,7 @@ MODULES = Kind(
     _is_module_list,
 )
 MULTIPLIERS = Kind("a list of numbers or texts, or one text", _is_multiplier_list, str)
-ATTENTION = Kind(
-    'an object like {"<89": "sdpa"}: condition on the compute capability -> mode', _is_attention_rules
-)
+ATTENTION = Kind('an object like {"<89": "sdpa"}: condition on the compute capability -> mode', _is_attention_rules)
 CONFIGS = Kind("an object of named sets of model keys, or the id of another preset", _is_configs)
 DTYPE = Kind('"bf16" or "fp16"', lambda value: value in ("bf16", "fp16"))
 
@@ -151,9 +149,7 @@ SETTING_KEYS: Mapping[str, Key] = {
     "control_net_weight": Key(NUMBER, "strength of the control image", 1.0),
     "activated_loras": Key(TEXT_LIST, "LoRA files, relative to the LoRA folder", ()),
     "loras_multipliers": Key(MULTIPLIERS, "their strengths, separated by spaces (1 where missing)", ""),
-    "VAE_tile_size": Key(
-        WHOLE, "side of a decoding tile in latent cells (8 pixels); 0 decodes in one piece", None
-    ),
+    "VAE_tile_size": Key(WHOLE, "side of a decoding tile in latent cells (8 pixels); 0 decodes in one piece", None),
     "cfg_normalization": Key(
         LIMIT, "bound on the guided prediction's norm, as a multiple of the unguided; 0 is off", 0.0
     ),

@@ -95,16 +95,10 @@ class GenerationSettings:
                 raise unknown_key("settings", key, frozenset(SETTING_KEYS) | HOST_SETTING_KEYS)
         found, notes = _usable_saved(preset, saved or {})
         merged = {**preset.settings, **found, **asked}
-        notes += [
-            f'"{key}" is a setting of Wan2GP without effect here.'
-            for key in asked
-            if key in HOST_SETTING_KEYS
-        ]
+        notes += [f'"{key}" is a setting of Wan2GP without effect here.' for key in asked if key in HOST_SETTING_KEYS]
 
         values = {
-            key: require_setting("settings", key, merged[key])
-            for key in SETTING_KEYS
-            if merged.get(key) is not None
+            key: require_setting("settings", key, merged[key]) for key in SETTING_KEYS if merged.get(key) is not None
         }
         for key, (lowest, highest) in _RANGES.items():
             _require_range(key, values[key], lowest, highest)
@@ -138,9 +132,7 @@ class GenerationSettings:
             VAE_tile_size=_tile_size(values.get("VAE_tile_size")),
             cfg_normalization=float(values["cfg_normalization"]),
             cfg_truncation=float(values["cfg_truncation"]),
-            extra={
-                key: value for key, value in merged.items() if key in HOST_SETTING_KEYS and value is not None
-            },
+            extra={key: value for key, value in merged.items() if key in HOST_SETTING_KEYS and value is not None},
             notes=(*notes, *lora_notes),
         )
 
@@ -204,15 +196,11 @@ def parse_resolution(text: str, block: int = DEFAULT_BLOCK) -> tuple[int, int]:
     """(width, height) in pixels from "WIDTHxHEIGHT". Raises UserError naming the nearest two sizes."""
     match = re.fullmatch(r"\s*(\d{1,6})\s*[xX*×]\s*(\d{1,6})\s*", text)
     if match is None:
-        raise UserError(
-            f'"resolution" must be WIDTHxHEIGHT in pixels, got {describe(text)}.', "Example: 1024x768."
-        )
+        raise UserError(f'"resolution" must be WIDTHxHEIGHT in pixels, got {describe(text)}.', "Example: 1024x768.")
     width, height = int(match[1]), int(match[2])
     for side, pixels in (("width", width), ("height", height)):
         if not block <= pixels <= MAX_SIDE:
-            raise UserError(
-                f'"resolution" {width}x{height}: the {side} must be from {block} to {MAX_SIDE} pixels.'
-            )
+            raise UserError(f'"resolution" {width}x{height}: the {side} must be from {block} to {MAX_SIDE} pixels.')
         if pixels % block:
             below = pixels // block * block
             raise UserError(
@@ -249,8 +237,7 @@ def _usable_saved(preset: Preset, saved: Mapping[str, Any]) -> tuple[dict[str, A
         else:
             closest = closest_key(key, frozenset(SETTING_KEYS) | HOST_SETTING_KEYS)
             notes.append(
-                f'saved settings: unknown key "{key}"'
-                + (f', the closest is "{closest}".' if closest else ".")
+                f'saved settings: unknown key "{key}"' + (f', the closest is "{closest}".' if closest else ".")
             )
     if not preset.model_def.get("NAG") and _exceeds_one(usable.get("NAG_scale")):
         notes.append(f'saved settings: "NAG_scale" has no effect, {preset.id} does not offer NAG.')
@@ -299,9 +286,7 @@ def _sampler_name(name: str) -> str:
     if name in ("", "default"):
         return ""
     if name not in samplers.names():
-        raise UserError(
-            f'"sample_solver" must be one of {", ".join(samplers.names())} or empty, got "{name}".'
-        )
+        raise UserError(f'"sample_solver" must be one of {", ".join(samplers.names())} or empty, got "{name}".')
     return name
 
 
@@ -321,15 +306,9 @@ def _lora_choices(files: Sequence[str], multipliers: Any) -> tuple[tuple[LoraCho
     strengths = [str(multiplier).strip() for multiplier in multipliers]
     for strength in strengths[: len(files)]:
         if not _is_strength(strength):
-            raise UserError(
-                f'"loras_multipliers": {describe(strength)} is not a strength.', 'Example: "0.8 1,0.5".'
-            )
+            raise UserError(f'"loras_multipliers": {describe(strength)} is not a strength.', 'Example: "0.8 1,0.5".')
     surplus = len(strengths) - len(files)
-    notes = (
-        [f'"loras_multipliers" has {surplus} more than there are LoRAs; they are not used.']
-        if surplus > 0
-        else []
-    )
+    notes = [f'"loras_multipliers" has {surplus} more than there are LoRAs; they are not used.'] if surplus > 0 else []
     return pair_loras(files, strengths), notes
 
 

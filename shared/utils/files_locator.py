@@ -79,9 +79,7 @@ def _candidates(name: str, extra: Sequence[str]) -> list[str]:
     name = _local_name(name, None)
     if os.path.isabs(name):
         return [name]
-    below_roots = [
-        os.path.join(root, folder) for folder in extra if not os.path.isabs(folder) for root in _roots
-    ]
+    below_roots = [os.path.join(root, folder) for folder in extra if not os.path.isabs(folder) for root in _roots]
     return [os.path.join(folder, name) for folder in (*_roots, *extra, *below_roots)]
 
 

@@ -255,11 +255,13 @@ def test_load_model_computes_in_bfloat16_and_decodes_in_float32_by_default(model
     assert model_factory[0]["VAE_dtype"] is torch.float32
 
 
+HOST_SETTINGS = {"prompt": "", "image_mode": 0, "resolution": "832x480", "guidance_scale": 5, "seed": -1}
+
+
 class StubHost:
     """Replays what wgp.py does with a handler until a model is loaded (contract C0, steps 2, 6, 7, and C1)."""
 
     HANDLERS = ("models.z_image.z_image_handler",)
-    PRIMARY_SETTINGS: dict = {"prompt": "", "image_mode": 0, "resolution": "832x480", "guidance_scale": 5, "seed": -1}
 
     def __init__(self, argv, defaults_folder, lora_root):
         self.lora_root = lora_root
@@ -299,7 +301,7 @@ class StubHost:
     def factory_settings(self, model_type):
         definition = self.definitions[model_type]
         handler, base = self.handlers[definition["architecture"]], definition["architecture"]
-        settings = dict(self.PRIMARY_SETTINGS)
+        settings = dict(HOST_SETTINGS)
         handler.update_default_settings(base, definition, settings)
         settings.update(definition["settings"])
         handler.fix_settings(base, 2.74, definition, settings)
