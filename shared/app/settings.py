@@ -82,12 +82,10 @@ class GenerationSettings:
         saved: Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> GenerationSettings:
-        """Settings from the preset's defaults, then `saved` (a settings file or a picture's record), then
-        `overrides`.
+        """Settings from the preset's defaults, `saved` (a settings file, a picture's record) and `overrides`, in turn.
 
-        Keys are the host's ("resolution": "1024x768"). Values may be texts where numbers are wanted. null
-        means not set.
-        A seed of -1 is drawn here. Raises UserError naming the key, what it got and what is allowed.
+        Keys are the host's ("resolution": "1024x768"). Values may be texts where numbers are wanted; None means not
+        set. A seed of -1 is drawn here. Raises UserError naming the key, what it got and what is allowed.
         """
         asked = {key: value for key, value in (overrides or {}).items() if value is not None}
         for key in asked:
@@ -95,7 +93,9 @@ class GenerationSettings:
                 raise unknown_key("settings", key, frozenset(SETTING_KEYS) | HOST_SETTING_KEYS)
         found, notes = _usable_saved(preset, saved or {})
         merged = {**preset.settings, **found, **asked}
-        notes += [f'"{key}" is a setting of Wan2GP without effect here.' for key in asked if key in HOST_SETTING_KEYS]
+        _require_config(preset, asked.get("config"))
+        unused = HOST_SETTING_KEYS - {"config"}
+        notes += [f'"{key}" is a setting of Wan2GP without effect here.' for key in asked if key in unused]
 
         values = {
             key: require_setting("settings", key, merged[key]) for key in SETTING_KEYS if merged.get(key) is not None
@@ -252,6 +252,12 @@ def _require_range(key: str, value: float, lowest: float, highest: float | None)
     if value < lowest or (highest is not None and value > highest):
         allowed = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise UserError(f'"{key}" must be {allowed}, got {value}.')
+
+
+def _require_config(preset: Preset, name: Any) -> None:
+    if name and preset.configured(str(name)) is preset:
+        known = ", ".join(preset.configs) or "none"
+        raise UserError(f'"config" {describe(name)} is not among those of {preset.id}.', f"Known: {known}.")
 
 
 def _flow_shift(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) -> float | None:

@@ -208,6 +208,17 @@ def test_an_unknown_saved_key_is_noted_and_dropped(turbo):
     assert settings.prompt == ""
 
 
+def test_a_config_is_kept_and_an_unknown_one_is_told(tmp_path):
+    preset = make_preset(tmp_path, {"architecture": "z_image", "configs": {"other": {"VAE_URLs": ["v.sft"]}}})
+
+    settings = build(preset, config=",,,other")
+
+    assert (settings.extra["config"], settings.notes) == (",,,other", ())
+    assert build(preset, {"config": "gone"}).extra["config"] == "gone"  # a saved choice may outlive the set
+    with pytest.raises(UserError, match=r'"config" "oter" \(text\) is not among those of test. Known: other.'):
+        build(preset, config="oter")
+
+
 # ---- LoRAs
 
 
