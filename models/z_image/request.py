@@ -78,6 +78,7 @@ def _refuse_unsupported(model_def: Mapping[str, Any], kwargs: Mapping[str, Any])
         (kwargs.get("input_frames") is not None, "a control picture"),
         (kwargs.get("input_masks") is not None, "an inpainting mask"),
         (bool(kwargs.get("input_ref_images")), "reference pictures"),
+        (kwargs.get("vae_upsampler") is not None, "a VAE upsampler"),
         (bool(model_def.get("unified_solver")), "TwinFlow's unified sampler"),
     ]
     missing = [what for wanted, what in asked if wanted]

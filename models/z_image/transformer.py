@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from models.z_image.attention import attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
+from models.z_image.lora import fuse
 
 
 class Captions(NamedTuple):
@@ -134,8 +135,6 @@ class ZImageTransformer(nn.Module):
 
     def preprocess_loras(self, _model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Called by a Wan2GP host before mmgp loads a LoRA: rename and stack it for the fused linears."""
-        from models.z_image.lora import fuse
-
         return fuse(self, state)
 
 

@@ -17,6 +17,7 @@ from models.z_image.loader import load_transformer
 from models.z_image.pipeline import Step, ZImagePipeline
 from models.z_image.request import from_host_kwargs
 from models.z_image.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
+from models.z_image.variants import TEXT_ENCODER_FILES, TEXT_ENCODER_FOLDER, VAE_FILE
 from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
 
@@ -67,9 +68,9 @@ class model_factory:
             "text encoder",
             text_encoder_filename,
             beside / "text_encoder" / "model.safetensors",
-            *TEXT_ENCODER_FILES,
+            *_TEXT_ENCODERS,
         )
-        vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *VAE_FILES)
+        vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *_VAES)
         self.tokenizer = load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
         self.text_encoder: nn.Module = load_text_encoder(encoder_path, dtype)
         self.vae: nn.Module = load_vae(vae_path, VAE_dtype or torch.float32)
@@ -159,7 +160,7 @@ def _tokenizer_folder(given: str | Path | None, model_def: Mapping[str, Any], en
         return Path(given)
     if (encoder.parent / "tokenizer_config.json").is_file():
         return encoder.parent
-    folder = str(model_def.get("text_encoder_folder") or TOKENIZER_FOLDER)
+    folder = str(model_def.get("text_encoder_folder") or TEXT_ENCODER_FOLDER)
     return Path(locate_folder(folder, error_if_none=False) or encoder.parent)
 
 
