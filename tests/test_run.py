@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,12 +163,20 @@ def test_the_gpu_is_read_from_nvidia_smi(answer: str, gpu: run.Gpu | None) -> No
 
 
 def test_a_server_that_does_not_answer_is_given_up_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    def silent(*_: object, **__: object) -> None:
+        released.wait(5)
+        raise TimeoutError
+
     monkeypatch.setattr(run, "REACH_SECONDS", 0.1)
-    monkeypatch.setattr(run.urllib.request, "urlopen", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr(run.urllib.request, "urlopen", silent)
     started = time.monotonic()
 
     assert run.is_reachable(run.CPU_INDEX) is False
+
     assert time.monotonic() - started < 1
+    released.set()
 
 
 def test_a_refused_connection_is_not_reachable() -> None:
