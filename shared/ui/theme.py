@@ -16,7 +16,7 @@ _ACCENT = colors.Color(
 )  # fmt: skip
 _GREY = colors.Color(
     name="stone",
-    c50="#faf9f7", c100="#f3f2ef", c200="#e6e4e0", c300="#d3d0ca", c400="#a6a29b", c500="#78746d",
+    c50="#faf9f7", c100="#f3f2ef", c200="#e6e4e0", c300="#d3d0ca", c400="#a6a29b", c500="#6f6b64",
     c600="#5b5751", c700="#403d39", c800="#2a2826", c900="#1d1c1b", c950="#141413",
 )  # fmt: skip
 

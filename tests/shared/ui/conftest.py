@@ -105,6 +105,12 @@ class FakeContext:
         self.output_folder = folder / "outputs"
         self.output_folder.mkdir()
         self.loras = folder / "loras"
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forget everything that was drawn and changed."""
+        for picture in self.output_folder.iterdir():
+            picture.unlink()
         self.config: dict[str, Any] = {}
         self.files = SimpleNamespace(find=lambda url: Path(url.removeprefix("file:")))
         self.session = FakeSession(self.output_folder)
