@@ -49,9 +49,7 @@ NOT_AT_LOAD: Mapping[str, tuple[str, ...]] = {"mmgp": ("models.z_image.z_image_m
 NEVER_IN: Mapping[str, tuple[str, ...]] = {"torch": ("shared.ui",)}
 
 # "presets" and "--help" answer in half a second: what they load may import these only inside functions.
-HEAVY = frozenset(
-    {"torch", "transformers", "diffusers", "accelerate", "mmgp", "gradio", "comfy_kitchen", "optimum"}
-)
+HEAVY = frozenset({"torch", "transformers", "diffusers", "accelerate", "mmgp", "gradio", "comfy_kitchen", "optimum"})
 LIGHT = (
     "wgp",
     "shared.cli",
@@ -81,9 +79,7 @@ def problems(root: Path) -> list[str]:
         module: {target for found in imports[module] if found.at_load and (target := _ours(found, sources))}
         for module in sources
     }
-    return sorted(
-        [*_layer_breaches(imports, sources), *_cycles(load_graph), *_heavy_loads(imports, load_graph)]
-    )
+    return sorted([*_layer_breaches(imports, sources), *_cycles(load_graph), *_heavy_loads(imports, load_graph)])
 
 
 def _sources(root: Path) -> Iterator[tuple[str, Path]]:

@@ -156,9 +156,7 @@ def _look_up(file: HubFile, endpoint: str, stop: ShouldStop) -> _Stated:
     from huggingface_hub import get_hf_file_metadata
 
     url = file.url(endpoint)
-    found = _within(
-        LOOK_UP_SECONDS, lambda: get_hf_file_metadata(url, timeout=READ_SECONDS, endpoint=endpoint), stop
-    )
+    found = _within(LOOK_UP_SECONDS, lambda: get_hf_file_metadata(url, timeout=READ_SECONDS, endpoint=endpoint), stop)
     if found.size is None or not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", found.etag or ""):
         raise RunError(
             f"{file.name}: {url} states no size and hash (size {found.size}, ETag {found.etag}), "

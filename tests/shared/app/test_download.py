@@ -74,9 +74,7 @@ def test_the_first_root_wins(store: FileStore, tmp_path: Path) -> None:
     assert store.find(f"{HUB}/w.safetensors") == expected
 
 
-def test_of_two_files_of_one_name_the_one_in_the_same_folder_is_taken(
-    store: FileStore, tmp_path: Path
-) -> None:
+def test_of_two_files_of_one_name_the_one_in_the_same_folder_is_taken(store: FileStore, tmp_path: Path) -> None:
     put(tmp_path / "ComfyUI/models/checkpoints/q.safetensors")
     expected = put(tmp_path / "ComfyUI/models/text_encoders/q.safetensors")
 
@@ -243,9 +241,7 @@ def test_downloads_go_where_they_are_found_again(
     assert files.find(f"{HUB}/{path}", subfolder=subfolder) == store.roots[0] / place
 
 
-def test_hf_endpoint_names_the_server(
-    store: FileStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hf_endpoint_names_the_server(store: FileStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
 
     path = FileStore(store.program_folder, store.roots).ensure(f"{HUB}/w.safetensors")
@@ -257,9 +253,7 @@ def test_progress_and_cancel_reach_the_download(store: FileStore, hub: HubServer
     seen: list[DownloadProgress] = []
 
     with pytest.raises(DownloadCancelled):
-        online(store, hub).ensure(
-            f"{HUB}/w.safetensors", on_progress=seen.append, should_stop=lambda: bool(seen)
-        )
+        online(store, hub).ensure(f"{HUB}/w.safetensors", on_progress=seen.append, should_stop=lambda: bool(seen))
 
     assert seen[0] == DownloadProgress("w.safetensors", 0, len(WEIGHTS), 0.0)
     assert store.find(f"{HUB}/w.safetensors") is None

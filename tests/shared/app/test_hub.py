@@ -171,9 +171,7 @@ def test_no_server_is_an_error_within_seconds_that_says_what_to_do(target: Path)
     assert leftovers(target) == []
 
 
-def test_a_hub_that_never_answers_is_given_up(
-    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_never_answers_is_given_up(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.silent = True
     monkeypatch.setattr(hub_module, "LOOK_UP_SECONDS", 0.2)
 
