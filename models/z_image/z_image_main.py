@@ -21,14 +21,9 @@ from models.z_image.variants import TEXT_ENCODER_FILES, TEXT_ENCODER_FOLDER, VAE
 from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
 
-# Names in DeepBeepMeep/Z-Image, which every Wan2GP installation uses; first found is taken.
-TEXT_ENCODER_FILES = (
-    "Qwen3/qwen3_bf16.safetensors",
-    "qwen3_bf16.safetensors",
-    "text_encoders/qwen_3_4b.safetensors",
-)
-TOKENIZER_FOLDER = "Qwen3"
-VAE_FILES = ("ZImageTurbo_VAE_bf16.safetensors", "vae/ZImageTurbo_VAE_bf16.safetensors")
+# Where the parts are looked for when a caller names none: in a Wan2GP folder, then in a ComfyUI one.
+_TEXT_ENCODERS = (f"{TEXT_ENCODER_FOLDER}/{TEXT_ENCODER_FILES[0]}", "text_encoders/qwen_3_4b.safetensors")
+_VAES = (VAE_FILE, f"vae/{VAE_FILE}")
 
 StepCallback = Callable[..., None]
 
