@@ -8,14 +8,15 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent
 DONE, FAILED, USER_MISTAKE, INTERRUPTED = 0, 1, 2, 130
+SECOND_PRESS_SECONDS = 1.0
 LOG_LEVELS = {0: logging.ERROR, 1: logging.WARNING, 2: logging.INFO}
 
 
@@ -23,11 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand or the page; return the exit code. What goes wrong becomes a message, and with --verbose 2 a
     traceback too.
     """
-    interrupts = []
+    interrupts: list[float] = []
 
-    def interrupted(signum: int, frame: FrameType | None) -> NoReturn:
-        interrupts.append(signum)
-        raise KeyboardInterrupt
+    def interrupted(signum: int, frame: FrameType | None) -> None:
+        interrupts.append(time.monotonic())
+        # Ctrl-C is often pressed twice; the second must not cut the report of what was kept.
+        if len(interrupts) < 2 or interrupts[-1] - interrupts[-2] > SECOND_PRESS_SECONDS:
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, interrupted)
     args = argparse.Namespace(verbose=1)
@@ -67,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from shared.cli import commands
 
     if args.command == "inspect":
-        return commands.inspect(args)
+        return commands.inspect(args, args.families)
     ctx = AppContext.create(args, ROOT, args.families)
     for problem in ctx.presets.problems:
         print(problem, file=sys.stderr)

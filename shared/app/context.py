@@ -13,8 +13,8 @@ from shared.app.download import FileStore
 from shared.app.families import Families, load_families
 from shared.app.metadata import write_file
 from shared.app.presets import Preset, PresetCollection, load_presets
+from shared.app.schema import read_json_object
 from shared.app.session import ModelSession
-from shared.quant.errors import UserError
 from shared.utils.files_locator import set_checkpoints_paths
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class AppContext:
         Raises UserError when the file is there and cannot be read.
         """
         path = self.settings_path(preset)
-        return _read_json_object(path) if path.is_file() else {}
+        return read_json_object(path) if path.is_file() else {}
 
     def save_settings(self, preset: Preset, settings: GenerationSettings) -> Path:
         """Make these settings the user's defaults for the preset; returns the file written."""
@@ -130,7 +130,7 @@ class AppContext:
         unknown = sorted(set(changes) - set(CONFIG_KEYS))
         if unknown:
             raise ValueError(f"not keys of {CONFIG_FILE}: {unknown}; known: {CONFIG_KEYS}")
-        on_disk = _read_json_object(self.config_path) if self.config_path.is_file() else {}
+        on_disk = read_json_object(self.config_path) if self.config_path.is_file() else {}
         if all(on_disk.get(key) == value for key, value in changes.items()):
             return
         _write_json(self.config_path, on_disk | changes)
@@ -141,7 +141,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """Our keys of a wgp_config.json; {} when there is none. Raises UserError naming the file if it is broken."""
     if not path.is_file():
         return {}
-    return {key: value for key, value in _read_json_object(path).items() if key in CONFIG_KEYS}
+    return {key: value for key, value in read_json_object(path).items() if key in CONFIG_KEYS}
 
 
 def _load_presets(root: Path, families: Families) -> PresetCollection:
@@ -151,19 +151,6 @@ def _load_presets(root: Path, families: Families) -> PresetCollection:
 def _folder(root: Path, flag: str | None, configured: str | None, default: str) -> Path:
     """A flag's folder (relative to the working folder) before the configured one and the default (below `root`)."""
     return Path(flag).expanduser().absolute() if flag else root / (configured or default)
-
-
-def _read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}).", "Correct the file, or delete it.") from error
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{path}: expected a JSON object, found {type(value).__name__}.",
-            "Correct the file, or delete it.",
-        )
-    return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

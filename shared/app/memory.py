@@ -25,10 +25,11 @@ from shared.quant.checkpoint import Checkpoint
 
 MIB = 2**20
 
-_BASE_MB = 700.0  # Python, torch, transformers and diffusers imported, nothing loaded; Linux x86-64, CPU build
+_BASE_MB = 500.0  # Python, torch, transformers and diffusers imported, nothing loaded; Linux x86-64, CPU build
 _PROMPT_TOKENS = 512  # longest prompt the text encoder takes
 _PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
 _CELL_PIXELS = 8
+_UNKNOWN_CHANNELS = 256  # the published Z-Image (Flux) VAE's
 _LIVE_TENSORS = 3  # input, normalised input, output
 _STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
 _PLAIN_DTYPES = {
@@ -156,4 +157,5 @@ def _last_stage_channels(vae: Checkpoint) -> int:
     """
     convolutions = [info.shape for info in vae.tensors.values() if len(info.shape) == 4]
     rgb_inputs = {shape[1] for shape in convolutions if shape[0] == 3}
-    return max((shape[1] for shape in convolutions if shape[0] in rgb_inputs), default=256)
+    entering = {shape[1] for shape in convolutions if shape[0] in rgb_inputs}
+    return max(rgb_inputs | entering, default=_UNKNOWN_CHANNELS)

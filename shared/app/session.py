@@ -275,9 +275,10 @@ class _Run:
 
     def _draw(self, place: OutputPlace) -> None:
         began = time.perf_counter()
-        plan = make_plan(
-            self._ctx, self._preset, self._settings, find_machine(self._preset, requested_device(self._ctx))
-        )
+        device = requested_device(self._ctx)
+        # Mistakes show in the plan: a first one is made without waiting for torch, where that is possible.
+        make_plan(self._ctx, self._preset, self._settings, find_machine_quickly(self._preset, device))
+        plan = make_plan(self._ctx, self._preset, self._settings, find_machine(self._preset, device))
         planned = time.perf_counter()
         if plan.missing:
             self._fetch(plan.missing)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import signal
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from shared.cli.parser import overrides_of
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
+    from shared.app.families import Families
     from shared.app.plan import GenerationPlan, PlannedFile
     from shared.app.presets import Preset
     from shared.app.session import Event, GenerationResult, ImageDone
@@ -57,7 +57,6 @@ def generate(ctx: AppContext, args: argparse.Namespace) -> int:
 
             result = ctx.session.generate(preset, settings, on_event=on_event, output=args.output)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut this report
         _print_pictures(images, preset, args, cancelled=True)
         print(f"Interrupted; {len(images)} of {settings.batch_size} pictures were finished and kept.", file=sys.stderr)
         return INTERRUPTED
@@ -93,15 +92,16 @@ def presets(ctx: AppContext, args: argparse.Namespace) -> int:
     return DONE
 
 
-def inspect(args: argparse.Namespace) -> int:
-    """Say what a weights file is, from its header alone."""
-    from shared.quant.inspect import inspect_path
+def inspect(args: argparse.Namespace, families: Families) -> int:
+    """Say what a weights file, or each one in a folder, is; from headers alone."""
+    from shared.app.inspection import inspect_path
 
-    found = inspect_path(Path(args.file))
+    path = Path(args.file)
+    found = inspect_path(path, families.infos)
     if args.json:
-        _print_json(found, indent=2)
+        _print_json(found if path.is_dir() else found[0], indent=2)
     else:
-        print("\n".join(_lines(found)))
+        print("\n\n".join(inspection_text(description) for description in found))
     return DONE
 
 
@@ -162,6 +162,14 @@ def plan_text(plan: GenerationPlan, output: str) -> str:
     return "\n".join(lines)
 
 
+def inspection_text(description: Mapping[str, Any]) -> str:
+    """One description of `inspect_path` for people: file and summary, then the facts."""
+    facts = {key: value for key, value in description.items() if key not in ("file", "summary")}
+    if len(facts.get("files", ())) == 1:
+        del facts["files"]  # the file itself
+    return "\n".join([description["file"], f"  {description['summary']}", *_lines(facts, "  ")])
+
+
 def result_text(result: GenerationResult) -> str:
     """Seconds and memory for people, in one line."""
     from shared.cli.progress import duration
@@ -194,7 +202,9 @@ def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
         if isinstance(value, Mapping) and value:
             lines += [label, *_lines(value, indent + "  ")]
         elif isinstance(value, (list, tuple)) and value:
-            lines += [label, *(f"{indent}  {item}" for item in value)]
+            in_one = ", ".join(map(str, value))
+            short = len(in_one) <= _TEXT_WIDTH
+            lines += [f"{label} {in_one}"] if short else [label, *(f"{indent}  {item}" for item in value)]
         elif value not in (None, "", [], {}, ()):
             lines.append(f"{label} {value:,}" if type(value) is int else f"{label} {value}")
     return lines

@@ -1,0 +1,171 @@
+"""Plans name every file and choice with its reason, and need neither torch nor a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.app.context import AppContext
+from shared.app.device import DeviceInfo
+from shared.app.plan import Choice, GenerationPlan, Machine, find_machine, find_machine_quickly, make_plan
+from shared.app.settings import GenerationSettings
+from shared.quant.errors import UserError
+from tests.support.fake_family import FakeHandler, fake_context, write_preset, write_weights
+
+PROGRAM = Path(__file__).parents[3]
+GIB = 2**30
+CARD = Machine(DeviceInfo("cuda", "Card", 89, 24 * GIB, "a test's card"), Choice("bfloat16", "native"))
+CPU = Machine(DeviceInfo("cpu", "CPU", None, 16 * GIB, "asked for"), Choice("float32", "safe"))
+REMOTE = "https://huggingface.co/owner/repo/resolve/main/remote.safetensors"
+
+
+@pytest.fixture
+def ctx(tmp_path: Path) -> AppContext:
+    write_preset(tmp_path, "one")
+    write_preset(tmp_path, "remote", URLs=[REMOTE])
+    return fake_context(tmp_path, FakeHandler())
+
+
+def plan(ctx: AppContext, preset: str = "one", machine: Machine = CPU, **overrides: Any) -> GenerationPlan:
+    chosen = ctx.presets.get(preset)
+    return make_plan(ctx, chosen, GenerationSettings.build(chosen, {}, {"prompt": "fox", **overrides}), machine)
+
+
+def test_every_file_has_its_role_place_and_size(ctx: AppContext) -> None:
+    files = {file.role: file for file in plan(ctx).files}
+
+    assert list(files) == ["transformer", "text_encoder", "vae"]
+    for role, file in files.items():
+        assert file.path == ctx.root / "weights" / "one" / f"{role}.safetensors"
+        assert file.bytes == file.path.stat().st_size
+
+
+def test_a_file_that_is_elsewhere_is_to_be_downloaded(ctx: AppContext) -> None:
+    made = plan(ctx, "remote")
+
+    assert [file.url for file in made.to_download] == [REMOTE]
+    assert made.memory is None  # a file's size counts, and is not known yet
+
+
+def test_a_programs_own_file_that_is_gone_is_missing_and_not_to_download(ctx: AppContext) -> None:
+    (ctx.root / "weights" / "one" / "vae.safetensors").unlink()
+
+    made = plan(ctx)
+
+    assert made.to_download == ()
+    assert [file.role for file in made.missing] == ["vae"]
+
+
+def test_a_further_root_is_searched(ctx: AppContext, tmp_path: Path) -> None:
+    elsewhere = write_weights(tmp_path / "comfy" / "diffusion_models" / "remote.safetensors")
+
+    again = fake_context(ctx.root, FakeHandler(), ckpts=[str(tmp_path / "comfy")])
+
+    assert plan(again, "remote").paths("transformer") == (elsewhere,)
+
+
+def test_loras_are_files_of_the_plan(ctx: AppContext) -> None:
+    lora = write_weights(ctx.root / "lora_root" / "fake" / "a.safetensors")
+
+    made = plan(ctx, activated_loras=["a.safetensors"], loras_multipliers="0.5")
+
+    assert made.paths("lora") == (lora,)
+    assert made.lora_strengths == (0.5,)
+
+
+def test_a_lora_address_that_was_downloaded_by_hand_is_found_in_the_lora_folder(ctx: AppContext) -> None:
+    lora = write_weights(ctx.root / "lora_root" / "fake" / "remote.safetensors")
+
+    assert plan(ctx, activated_loras=[REMOTE]).paths("lora") == (lora,)
+
+
+def test_the_plan_is_json(ctx: AppContext) -> None:
+    told = json.loads(json.dumps(plan(ctx, "remote", seed=5).as_dict()))
+
+    assert told["preset"] == "remote"
+    assert told["settings"]["seed"] == 5
+    assert told["to_download"] == [REMOTE]
+    assert [file["role"] for file in told["files"]] == ["transformer", "text_encoder", "vae"]
+    for choice in ("device", "dtype", "attention", "offload"):
+        assert told[choice]["value"] and told[choice]["reason"]
+
+
+def test_on_the_cpu_weights_are_placed_directly(ctx: AppContext) -> None:
+    made = plan(ctx)
+
+    assert made.offload.value == "direct"
+    assert made.memory is not None and made.memory.vram_mb == 0
+
+
+def test_a_card_with_room_for_all_needs_no_profile(ctx: AppContext) -> None:
+    made = plan(ctx, machine=CARD)
+
+    assert made.offload.value == "direct"
+    assert made.memory is not None and made.memory.vram_mb > 0
+
+
+def test_the_profile_flag_decides_before_the_configuration(ctx: AppContext) -> None:
+    ctx.config["profile"] = 5
+    assert plan(ctx, machine=CARD).offload.value == "profile 5"
+
+    ctx.args.profile = 3.5
+    assert plan(ctx, machine=CARD).offload.value == "profile 3.5"
+
+    ctx.args.profile = -1
+    assert plan(ctx, machine=CARD).offload.value == "profile 5"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"), [({"profile": 7.0}, "7"), ({"attention": "sdap"}, "sdap"), ({"attention": "sage"}, "sage")]
+)
+def test_a_flag_that_cannot_be_followed_is_the_users_mistake(
+    ctx: AppContext, flags: dict[str, Any], named: str
+) -> None:
+    for name, value in flags.items():
+        setattr(ctx.args, name, value)
+
+    with pytest.raises(UserError, match=named):
+        plan(ctx)
+
+
+def test_the_presets_attention_rule_is_followed_on_its_card(ctx: AppContext) -> None:
+    write_preset(ctx.root, "ruled", attention={"<90": "sdpa"})
+    ctx.refresh_presets()
+
+    assert "preset" in plan(ctx, "ruled", machine=CARD).attention.reason
+    assert "preset" not in plan(ctx, "ruled", machine=CPU).attention.reason
+
+
+def test_a_number_type_the_preset_demands_is_for_gpus(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_preset(ctx.root, "half", dtype="fp16")
+    preset = ctx.refresh_presets().get("half")
+    monkeypatch.setattr("shared.app.plan.detect", lambda prefer: CARD.device)
+
+    assert find_machine(preset).dtype.value == "float16"
+    monkeypatch.undo()
+    assert find_machine(preset, "cpu").dtype.value in ("float32", "bfloat16")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the quick look reads Linux's own files")
+def test_the_quick_look_at_the_machine_agrees_with_torch_and_does_without_it(ctx: AppContext) -> None:
+    preset = ctx.presets.get("one")
+    code = (
+        "import sys; from types import SimpleNamespace; from shared.app.plan import find_machine_quickly\n"
+        "machine = find_machine_quickly(SimpleNamespace(model_def={}), 'cpu')\n"
+        "print(machine.device.kind, machine.dtype.value, 'torch' in sys.modules)"
+    )
+
+    quick = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM, capture_output=True, text=True, check=True)
+
+    asked = find_machine(preset, "cpu")
+    assert quick.stdout.split() == [asked.device.kind, asked.dtype.value, "False"]
+
+
+def test_an_unknown_device_is_the_users_mistake(ctx: AppContext) -> None:
+    with pytest.raises(UserError, match="tpu"):
+        find_machine_quickly(ctx.presets.get("one"), "tpu")
