@@ -115,14 +115,6 @@ CSS = """
                       border: 1px solid var(--border-color-primary); }
 #compose .form, #settings .form { border: 0; background: none; box-shadow: none; gap: 12px; overflow: visible; }
 #compose .block, #settings .block { padding: 0; background: none; overflow: visible !important; }
-@media (max-width: 860px) {
-  .gradio-container > .main { padding: 12px 12px 32px !important; }
-  #page { grid-template-columns: minmax(0, 1fr); grid-template-rows: none; gap: 14px;
-          grid-template-areas: "compose" "result" "settings"; }
-  #compose, #settings { padding: 14px; }
-  #result { position: static; }
-  #result #gallery { min-height: 300px; }
-}
 
 /* Gradio draws the empty part of a slider in a light grey in both modes, and its handle white on white. */
 .dark #page input[type=range] { --neutral-200: var(--neutral-700); }
@@ -130,7 +122,7 @@ CSS = """
 #page input[type=range]::-moz-range-thumb { border: 1px solid var(--neutral-300); }
 
 #model-row, #seed-row { align-items: end; gap: 8px; flex-wrap: nowrap; }
-#refresh { font-size: 18px; height: 42px; }
+#refresh { font-size: 18px; height: 40px; }
 #random-seed, #reuse-seed { height: 42px; white-space: nowrap; }
 #settings .form:has(> .hidden:only-child) { display: none; }
 #loras, #advanced, #restore { border-top: 1px solid var(--border-color-primary) !important; border-radius: 0;
@@ -164,6 +156,7 @@ CSS = """
 #gallery .grid-wrap { min-height: 0; max-height: none; overflow: visible; padding: 10px; }
 #gallery .thumbnail-lg { aspect-ratio: auto; border: 0; background: none; box-shadow: none; }
 #gallery .thumbnail-lg > img { height: auto; max-height: min(74vh, 760px); border-radius: 8px; }
+#gallery .gallery-item:only-child img { width: auto; height: min(74vh, 640px); max-width: 100%; margin: 0 auto; }
 #gallery .preview::before { background: var(--block-background-fill); opacity: 1; }
 #gallery .empty { min-height: inherit; display: flex; flex-direction: column; gap: 10px; }
 #gallery .empty::after { content: "Your pictures appear here"; color: var(--body-text-color-subdued); font-size: 14px; }
@@ -172,4 +165,14 @@ CSS = """
 #info p { margin: 0; font-size: 14px; color: var(--body-text-color-subdued); }
 #info p.facts { color: var(--body-text-color); font-variant-numeric: tabular-nums; }
 #info code { overflow-wrap: anywhere; font-size: 12.5px; background: none; padding: 0; border: 0; }
+
+@media (max-width: 860px) {
+  .gradio-container > .main { padding: 12px 12px 32px !important; }
+  #page { grid-template-columns: minmax(0, 1fr); grid-template-rows: none; gap: 14px;
+          grid-template-areas: "compose" "result" "settings"; }
+  #compose, #settings { padding: 14px; }
+  #result { position: static; }
+  #result #gallery { min-height: 300px; }
+  #gallery .gallery-item:only-child img { width: 100%; height: auto; }
+}
 """

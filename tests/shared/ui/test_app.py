@@ -17,6 +17,7 @@ from shared.ui import app as app_module
 from shared.ui.app import build_app, choose_host, choose_port, launch, serve
 
 LOOPBACK = "127.0.0.1"
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the environment is no part of this
 
 
 def flags(**changes: Any) -> argparse.Namespace:
@@ -126,7 +127,7 @@ def test_launch_says_where_it_serves_in_one_line_and_ends_on_ctrl_c(context, cap
 
     def interrupt() -> None:
         address = f"http://{LOOPBACK}:{port}/"
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(address, timeout=10) as reply:
+        with DIRECT.open(address, timeout=10) as reply:
             served.append(reply.read())
         raise KeyboardInterrupt
 
@@ -140,16 +141,33 @@ def test_launch_says_where_it_serves_in_one_line_and_ends_on_ctrl_c(context, cap
     assert context.session.cancels == 1
 
 
+def test_serving_looks_up_no_name_outside_this_machine(context, monkeypatch) -> None:
+    asked: set[str | None] = set()
+    look_up = socket.getaddrinfo
+
+    def record(host: Any, *args: Any, **options: Any) -> Any:
+        asked.add(host.decode() if isinstance(host, bytes) else host)
+        return look_up(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", record)
+    app = serve(context, LOOPBACK, free_port())
+    try:
+        DIRECT.open(app.local_url, timeout=10).close()
+    finally:
+        app.close(verbose=False)
+
+    assert asked <= {LOOPBACK, "localhost", None}
+
+
 def test_pictures_of_the_output_folder_are_served_and_other_files_are_not(context, tmp_path) -> None:
     (context.output_folder / "mine.txt").write_text("mine")
     (tmp_path / "secret.txt").write_text("secret")
     app = serve(context, LOOPBACK, free_port())
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     address = app.local_url + "gradio_api/file="
     try:
-        assert opener.open(f"{address}{context.output_folder / 'mine.txt'}", timeout=10).read() == b"mine"
+        assert DIRECT.open(f"{address}{context.output_folder / 'mine.txt'}", timeout=10).read() == b"mine"
         with pytest.raises(urllib.error.HTTPError) as refused:
-            opener.open(f"{address}{tmp_path / 'secret.txt'}", timeout=10)
+            DIRECT.open(f"{address}{tmp_path / 'secret.txt'}", timeout=10)
         assert refused.value.code == 403
         refused.value.close()
     finally:

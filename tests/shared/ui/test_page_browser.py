@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 import socket
 import threading
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from shared.app.context import AppContext
 from shared.app.metadata import read_record
 from shared.quant.errors import RunError
 from shared.ui.app import serve
@@ -21,10 +24,17 @@ pytestmark = pytest.mark.browser
 
 LOOPBACK = "127.0.0.1"
 PATIENCE = 15_000  # ms; a loaded two-core machine is slow to paint
+WITH_TORCH = 120_000  # ms; the first picture of a process imports torch and loads the demo
 CHROMIUM_FLAGS = (  # no sandbox: CI runs as root. The rest keeps the browser itself off the network.
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return probe.getsockname()[1]
 
 
 def find_chromium() -> str:
@@ -49,11 +59,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeContext, str]]:
     """One server for all tests, with its address: starting it is the slow part."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        port = probe.getsockname()[1]
     context = FakeContext(tmp_path_factory.mktemp("page"))
-    app = serve(context, LOOPBACK, port)
+    app = serve(context, LOOPBACK, free_port())
     yield context, app.local_url
     app.close(verbose=False)
 
@@ -320,6 +327,27 @@ def test_the_last_seed_can_be_used_again(open_page) -> None:
     expect(page.locator("#seed input")).to_have_value(drawn)
     page.locator("#random-seed").click()
     expect(page.locator("#seed input")).to_have_value("-1")
+
+
+def test_the_demo_that_comes_with_the_program_is_drawn(browser: Browser, tmp_path: Path) -> None:
+    folders = {"config": str(tmp_path), "settings": str(tmp_path), "output_dir": str(tmp_path / "outputs")}
+    context = AppContext.create(argparse.Namespace(**folders))
+    app = serve(context, LOOPBACK, free_port())
+    page = browser.new_page()
+    try:
+        page.goto(app.local_url)
+        expect(page.locator("#preset input")).to_have_value(re.compile("Demo"), timeout=PATIENCE)
+        type_number(page, "steps", 2)
+        type_number(page, "seed", 7)
+        generate(page).click()
+        expect(pictures(page)).to_have_count(1, timeout=WITH_TORCH)
+        expect(page.locator("#info .facts")).to_contain_text("256 × 256 · seed 7")
+    finally:
+        page.close()
+        app.close(verbose=False)
+
+    [picture] = (tmp_path / "outputs").iterdir()
+    assert read_record(picture)["model_type"] == "z_image_demo"
 
 
 CONTRAST = """
