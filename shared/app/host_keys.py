@@ -34,11 +34,11 @@ HOST_SETTING_KEYS = frozenset(
     """.split()  # noqa: SIM905  a list would be one name a line
 )
 
-# What is saved beside the settings: facts about one picture, not settings of the next.
+# What is saved beside the settings: facts about one picture, not settings of the next. "provenance" is our own.
 RECORD_KEYS = frozenset(
     """
     base_model_type creation_date creation_timestamp enhanced_prompt generation_time image_quality mode
-    model_filename model_type modules settings_version state transformer_loras_filenames
+    model_filename model_type modules provenance settings_version state transformer_loras_filenames
     transformer_loras_multipliers type video_quality
     """.split()  # noqa: SIM905  a list would be one name a line
 )

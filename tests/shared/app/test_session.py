@@ -62,8 +62,10 @@ def test_every_picture_can_be_drawn_again_alone_from_its_own_record(ctx: AppCont
     second = ctx.session.generate("one", order(ctx, batch_size=2)).images[1]
 
     record = read_record(second.path)
-    again = ctx.session.generate("one", GenerationSettings.build(ctx.presets.get("one"), record)).images[0]
+    restored = GenerationSettings.build(ctx.presets.get("one"), record)
+    again = ctx.session.generate("one", restored).images[0]
 
+    assert restored.notes == ()
     assert again.seed == 41
     assert np.array_equal(pixels(again.path), pixels(second.path))
 
