@@ -163,7 +163,9 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             write(file)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise RunError(f"{path} could not be written: {reason}.", "Look at the free space and the permissions there.") from error
+        raise RunError(
+            f"{path} could not be written: {reason}.", "Look at the free space and the permissions there."
+        ) from error
 
 
 @contextmanager
