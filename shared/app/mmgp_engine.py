@@ -11,6 +11,7 @@ they run. What it does besides, and how this file answers:
   already chosen every type, so each module is marked as locked, without a type: mmgp then leaves both alone.
 * A budget given as a plain number is ignored, and "70%" means seventy times the memory: it gets MiB per module.
 * It caps a model that is too large for the GPU only when it is told to print: budgets_mib() does that.
+* It uploads every streamed block twice (3.8.2): the fetched-ahead copy is never recognised. Put right here.
 * It cannot pin weights that are not contiguous (a VAE in channels-last order): such models stay unpinned.
 * It prints: what it says while placing goes to the log.
 * Its release() leaves hooks on the modules that hold all of them in memory: they are taken off here.
@@ -105,6 +106,7 @@ class MmgpOffload:
                     asyncTransfers=profile.prefetch,
                     loras=list(self._loras) or None,
                 )
+                _recognise_fetched_blocks(self._manager)
         finally:
             self._changes = [attributes.changes() for attributes in before]
             if self._manager is None:
@@ -129,6 +131,18 @@ class MmgpOffload:
         changes, self._changes = self._changes, []
         for change in changes:
             change.undo()
+
+
+def _recognise_fetched_blocks(manager: Any) -> None:
+    """Let mmgp see that the block it needs has been fetched ahead already.
+
+    It remembers a block's predecessor as "transformer/layers.0" and the loaded block as "layers.0", and fetches again
+    because they differ: twice the traffic, and the second copy is waited for. Here the predecessors get the short name.
+    """
+    manager.prev_blocks_names = {
+        name: previous and previous.removeprefix(name.partition("/")[0] + "/")
+        for name, previous in manager.prev_blocks_names.items()
+    }
 
 
 def _pinnable(modules: Mapping[str, nn.Module], profile: Profile) -> list[str]:

@@ -22,7 +22,7 @@ REQUEST: dict[str, Any] = {
     "batch_size": 2,
     "width": 96,
     "height": 64,
-    "sampling_steps": 2,
+    "sampling_steps": 3,  # times 0, 1/7 and 2/5: no round numbers in bfloat16
     "guide_scale": 2.0,
     "shift": 3.0,
     "VAE_tile_size": 48,
@@ -95,7 +95,7 @@ def test_streamed_weights_draw_the_cpus_picture_with_a_part_of_them_on_the_gpu(
     assert torch.equal(picture, expected)
     whole = weight_bytes(model.transformer)
     assert gpu.peak < 0.9 * whole
-    # Four calls of the network (two steps, guided in one call) and the captions: the blocks travel again and again.
+    # Three steps and the captions: the blocks travel again and again.
     assert sum(gpu.uploads) > 2 * whole > 2 * MIB
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
 
@@ -113,3 +113,31 @@ def test_after_release_the_cpu_draws_the_same_picture(
     assert not any(t.is_cuda for module in modules_of(model).values() for t in module.state_dict().values())
     assert gpu.resident() < MIB / 2  # tables of rotary angles and prompt features, which the pipeline keeps
     assert torch.equal(draw(model, DirectPlacement("cpu")), expected)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="mmgp 3.8.2 makes no LoRA slots in a model with both _offload_hooks and parameters of its own, pins no "
+    "channels-last weights, and rounds the time embedder's float32 argument",
+)
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_wan2gp_host_that_places_the_modules_itself_draws_the_cpus_picture(
+    model_folder: Path, gpu: FakeCuda, expected: torch.Tensor, number: int
+) -> None:
+    """Its call of mmgp: LoRA slots in the transformer, float32 rounded to bfloat16, "cuda" left as default device."""
+    pytest.importorskip("shared.app.mmgp_engine")  # also puts safetensors' own functions back
+    from mmgp import offload
+
+    model = load(model_folder)
+    small = {"budgets": {"transformer": 1, "text_encoder": 1, "*": 3000}} if number == 4 else {}
+    offload.profile(
+        modules_of(model), profile_no=number, loras=["transformer"], quantizeTransformer=False,
+        convertWeightsFloatTo=torch.bfloat16, verboseLevel=0, **small,
+    )  # fmt: skip
+    assert gpu.default_device.type == "cuda"
+    model.device = torch.device("cuda")
+
+    pictures = model.generate(**REQUEST)
+
+    assert pictures is not None
+    assert torch.equal(pictures.cpu(), expected)

@@ -20,10 +20,10 @@ pytest.importorskip("mmgp")
 from shared.app.mmgp_engine import MmgpOffload, restore_safetensors
 
 BLOCKS = 12
-WIDTH = 256
+WIDTH = 384
 BLOCK_BYTES = 2 * WIDTH * WIDTH * 2  # two bfloat16 linears
 
-# A GPU on which the networks below (3 MiB each) get a limit of 2 MiB.
+# A GPU on which the networks below (7 MiB each) get a limit of 2 MiB.
 SMALL_GPU = 8 * 2**20
 LIMIT = 2 * 2**20
 
@@ -46,7 +46,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token = nn.Parameter(torch.randn(WIDTH))
-        self.register_buffer("codes", torch.arange(WIDTH, dtype=torch.uint8))
+        self.register_buffer("codes", torch.arange(WIDTH).to(torch.uint8))
         self.layers = nn.ModuleList(Block() for _ in range(BLOCKS))
 
     def embed(self, x: Tensor) -> Tensor:
@@ -149,17 +149,18 @@ def test_a_limited_model_is_streamed_block_by_block(gpu: FakeCuda, expected: Ten
     assert gpu.peak <= LIMIT + BLOCK_BYTES < weight_bytes(modules["transformer"])
 
 
-def test_without_prefetching_one_block_less_is_on_the_gpu() -> None:
-    peaks = {}
-    for prefetch in (True, False):
-        modules = {"transformer": build()["transformer"]}
-        profile = Profile(number=5, sentence="", resident={"*": 1}, pinned="none", prefetch=prefetch)
-        with fake_cuda() as gpu:
-            MmgpOffload(profile).place(modules)
-            modules["transformer"](torch.ones(1, WIDTH).bfloat16().cuda(), torch.ones(1).cuda())
-            peaks[prefetch] = gpu.peak
+@pytest.mark.parametrize(("prefetch", "at_once", "ahead"), [(True, 2, 1), (False, 1, 0)])
+def test_each_block_travels_once_per_pass(gpu: FakeCuda, prefetch: bool, at_once: int, ahead: int) -> None:
+    modules = {"transformer": build()["transformer"]}
+    profile = Profile(number=5, sentence="", resident={"*": 1}, pinned="none", prefetch=prefetch)
+    MmgpOffload(profile).place(modules)
 
-    assert peaks[True] - peaks[False] >= BLOCK_BYTES
+    for _ in range(2):
+        modules["transformer"](torch.ones(1, WIDTH).bfloat16().cuda(), torch.ones(1).cuda())
+
+    # The last block of a pass is followed by the first of the next.
+    assert gpu.uploads.count(BLOCK_BYTES // 2) == 2 * (2 * BLOCKS + ahead)
+    assert at_once * BLOCK_BYTES < gpu.peak < (at_once + 0.1) * BLOCK_BYTES
 
 
 def test_float32_weights_stay_float32(gpu: FakeCuda) -> None:
