@@ -289,6 +289,26 @@ def test_slots_for_mmgps_own_loras_are_made_only_when_wanted(gpu: FakeCuda, expe
     assert torch.equal(run(modules, "cpu"), expected)
 
 
+# -- a real GPU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("number", PROFILES)
+def test_a_real_gpu_agrees_with_the_cpu_and_gets_its_memory_back(expected: Tensor, number: float) -> None:
+    before = torch.cuda.memory_allocated()
+    modules = build()
+    # Pretend it to be small, so that profiles which keep whole models stream here too.
+    offloader = place(number, modules, total_memory=SMALL_GPU)
+
+    result = run(modules, "cuda").cpu()
+    offloader.release()
+
+    # bfloat16 products are summed in another order on a GPU: 1/256 per rounding, a few of them in a row.
+    torch.testing.assert_close(result, expected, rtol=0.02, atol=0.02)
+    assert torch.cuda.memory_allocated() - before < MIB
+
+
 # -- the safetensors functions that mmgp replaces -----------------------------------------------------------------
 
 
