@@ -65,7 +65,6 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
         weight = checkpoint.load([name])[name].to(dtype)
         owner, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
-    model.to(memory_format=torch.channels_last)
     # mmgp casts float32 weights to bfloat16 unless a model says what it is to stay in.
     model._model_dtype = dtype
     return model.eval()

@@ -106,10 +106,13 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer files of a folder, never from a network. Raises UserError when they are not there."""
     from transformers import AutoTokenizer
 
-    if not (Path(folder) / "tokenizer_config.json").is_file():
+    present = {path.name for path in Path(folder).glob("*")}
+    if "tokenizer_config.json" not in present or not (
+        {"tokenizer.json"} <= present or {"vocab.json", "merges.txt"} <= present
+    ):
         raise UserError(
-            f"No tokenizer in {folder} (tokenizer.json, tokenizer_config.json).",
-            "It comes with the text encoder: Z-Image uses Qwen3's.",
+            f"No tokenizer in {folder}: it needs tokenizer_config.json and tokenizer.json.",
+            "They come with the text encoder; Z-Image uses Qwen3's.",
         )
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,9 +58,6 @@ class Rotation(NamedTuple):
 
 class ZImageTransformer(nn.Module):
     """The whole network. `config` gives the sizes; weights come from loader.py."""
-
-    # Entry points besides forward() that mmgp must wrap, so that the weights are there when they run. It wants a list.
-    _offload_hooks: ClassVar[list[str]] = ["encode_captions"]
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -214,6 +211,9 @@ class TimestepEmbedder(nn.Module):
     """Cosines and sines of the scaled time at 128 frequencies from 1 down to 1/10000, through a small MLP."""
 
     frequencies = 256
+
+    # Tells mmgp to leave the float32 argument alone: rounded to bfloat16, time 142.857 would become 143.
+    _lock_dtype = None
 
     def __init__(self, out_dim: int, hidden_dim: int) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.app.download import FileStore
+from shared.app.download import FileStore, default_hub_cache
 from shared.app.families import Families, load_families
 from shared.app.metadata import write_file
 from shared.app.presets import Preset, PresetCollection, load_presets
@@ -92,7 +92,7 @@ class AppContext:
             config=config,
             families=families,
             presets=_load_presets(root, families),
-            files=FileStore(root, roots, hub_cache=None),
+            files=FileStore(root, roots, hub_cache=default_hub_cache()),
             lora_root=_folder(root, flag("loras"), None, DEFAULT_LORA_ROOT),
             settings_folder=_folder(root, flag("settings"), None, DEFAULT_SETTINGS_FOLDER),
             output_folder=_folder(root, flag("output_dir"), config.get("save_path"), DEFAULT_OUTPUT_FOLDER),

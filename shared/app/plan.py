@@ -243,7 +243,7 @@ def _choose_offload(
     if weights is None:
         return choice, None
     budgets = budgets_mib(profile, weights, device.total_memory)
-    return choice, max(budgets[name] or size / MIB for name, size in weights.items())
+    return choice, max(min(budgets[name] or size / MIB, size / MIB) for name, size in weights.items())
 
 
 def _find_lora(ctx: AppContext, preset: Preset, choice: LoraChoice) -> PlannedFile:

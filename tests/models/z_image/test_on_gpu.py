@@ -115,11 +115,6 @@ def test_after_release_the_cpu_draws_the_same_picture(
     assert torch.equal(draw(model, DirectPlacement("cpu")), expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="mmgp 3.8.2 makes no LoRA slots in a model with both _offload_hooks and parameters of its own, pins no "
-    "channels-last weights, and rounds the time embedder's float32 argument",
-)
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_wan2gp_host_that_places_the_modules_itself_draws_the_cpus_picture(
     model_folder: Path, gpu: FakeCuda, expected: torch.Tensor, number: int
