@@ -13,6 +13,7 @@ from shared.app.presets import Preset
 
 CUSTOM = "custom"  # the resolution choice that opens the width and height fields
 RANDOM_SEED = -1
+NAG_READY = False  # the pipeline refuses NAG so far: its fields are locked, and pictures are drawn without it
 LORA_SUFFIXES = (".safetensors", ".sft")
 
 # Aspect ratios offered when the model definition names no resolutions, at the area of the preset's own default.
@@ -54,7 +55,7 @@ class Fields:
 
     def uses_negative_prompt(self, nag_scale: float) -> bool:
         """Whether a negative prompt changes the picture: through guidance, or through NAG above 1."""
-        return self.has_guidance or (self.has_nag and nag_scale > 1)
+        return self.has_guidance or (self.has_nag and NAG_READY and nag_scale > 1)
 
 
 def fields_for(preset: Preset, values: Mapping[str, Any], loras: Sequence[str] = ()) -> Fields:
@@ -113,14 +114,13 @@ def overrides(fields: Fields, entered: Mapping[str, Any]) -> dict[str, Any]:
         "batch_size": True,
         "flow_shift": fields.has_flow_shift,
         "sample_solver": bool(fields.solvers),
-        "NAG_scale": fields.has_nag,
-        "NAG_tau": fields.has_nag,
-        "NAG_alpha": fields.has_nag,
+        **dict.fromkeys(("NAG_scale", "NAG_tau", "NAG_alpha"), fields.has_nag and NAG_READY),
         "activated_loras": True,
         "loras_multipliers": bool(entered["activated_loras"]),
     }
+    without_nag = {"NAG_scale": 1.0} if fields.has_nag and not NAG_READY else {}
     taken = {key: entered[key] for key, is_known in known.items() if is_known and entered[key] is not None}
-    return {"resolution": size, **taken}
+    return {"resolution": size, **taken, **without_nag}
 
 
 def preset_choices(grouped: Sequence[tuple[str, Sequence[Preset]]]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from shared.ui.fields import CUSTOM, RANDOM_SEED, Fields
+from shared.ui.fields import CUSTOM, NAG_READY, RANDOM_SEED, Fields
 
 STEPS_SHOWN = 50  # end of the slider: more brings nothing a person can see; a picture's own settings may exceed it
 
@@ -48,7 +48,7 @@ class SettingsPanel:
     advanced: gr.Accordion
     flow_shift: gr.Slider
     sample_solver: gr.Dropdown
-    nag_group: gr.Group
+    nag_group: gr.Column
     NAG_scale: gr.Slider
     NAG_tau: gr.Slider
     NAG_alpha: gr.Slider
@@ -89,7 +89,7 @@ def build_settings_panel() -> SettingsPanel:
                                info="How strictly the picture follows the prompt; 0 turns it off.")  # fmt: skip
     with gr.Row(elem_id="seed-row", equal_height=False):
         seed = gr.Number(label="Seed", elem_id="seed", value=RANDOM_SEED, precision=0, minimum=RANDOM_SEED,
-                         info="-1 draws a new one each time", scale=1, min_width=120)  # fmt: skip
+                         info="-1: always a new one", scale=1, min_width=120)  # fmt: skip
         random_seed = gr.Button("Random", elem_id="random-seed", size="sm", min_width=72, scale=0)
         reuse_seed = gr.Button("Reuse last", elem_id="reuse-seed", size="sm", min_width=72, scale=0)
     batch_size = gr.Slider(1, 16, value=1, step=1, label="Pictures", buttons=[], elem_id="batch-size")
@@ -101,11 +101,15 @@ def build_settings_panel() -> SettingsPanel:
         sample_solver = gr.Dropdown(label="Sampler", elem_id="sampler", choices=[], value=None, visible=False)
         flow_shift = gr.Slider(0.5, 12, value=3, step=0.1, label="Flow shift", elem_id="flow-shift", visible=False,
                                info="Above 1, more of the steps go to the composition.", buttons=[])  # fmt: skip
-        with gr.Group(elem_id="nag", visible=False) as nag_group:
-            nag_scale = gr.Slider(1, 20, value=1, step=0.25, label="NAG scale", buttons=[], elem_id="nag-scale",
-                                  info="Above 1, the negative prompt works without guidance.")  # fmt: skip
-            nag_tau = gr.Slider(1, 10, value=3.5, step=0.1, label="NAG tau", buttons=[], elem_id="nag-tau")
-            nag_alpha = gr.Slider(0, 1, value=0.5, step=0.05, label="NAG alpha", buttons=[], elem_id="nag-alpha")
+        with gr.Column(elem_id="nag", visible=False) as nag_group:
+            locked: dict[str, Any] = {"interactive": NAG_READY, "buttons": []}
+            effect = "Above 1, the negative prompt works without guidance."
+            words = effect if NAG_READY else "Not in this version yet: pictures are drawn without it."
+            nag_scale = gr.Slider(
+                1, 20, value=1, step=0.25, label="NAG scale", elem_id="nag-scale", info=words, **locked
+            )
+            nag_tau = gr.Slider(1, 10, value=3.5, step=0.1, label="NAG tau", elem_id="nag-tau", **locked)
+            nag_alpha = gr.Slider(0, 1, value=0.5, step=0.05, label="NAG alpha", elem_id="nag-alpha", **locked)
     with gr.Accordion("Start from a picture's settings", elem_id="restore", open=False):
         # image_mode=None keeps the uploaded file as it is; converting it would drop the settings inside.
         picture = gr.Image(show_label=False, elem_id="picture", type="filepath", image_mode=None, height=200,

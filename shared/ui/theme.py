@@ -72,7 +72,7 @@ def build_theme() -> gr.themes.Base:
         button_primary_background_fill="*primary_600",
         button_primary_background_fill_dark="*primary_600",
         button_primary_background_fill_hover="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_background_fill_hover_dark="*primary_700",
         button_primary_text_color="white",
         button_primary_text_color_dark="white",
         button_secondary_background_fill="*neutral_100",
@@ -127,6 +127,7 @@ CSS = """
 #settings .form:has(> .hidden:only-child) { display: none; }
 #loras, #advanced, #restore { border-top: 1px solid var(--border-color-primary) !important; border-radius: 0;
                               padding-top: 12px !important; }
+#nag { gap: 12px; }
 #restore .image-container, #restore .wrap { border-radius: 10px; }
 #picture { border: 1px dashed var(--input-border-color); border-radius: 10px; }
 #preset-note { margin-top: -4px; }
@@ -137,6 +138,8 @@ CSS = """
 
 :root { --status-failure: #7c2415; --status-failure-fill: #fdf1ef; --status-failure-line: #f0c4bc; }
 .dark { --status-failure: #f4b9ad; --status-failure-fill: #2c1714; --status-failure-line: #6b2f24; }
+/* Gradio's own progress overlay says "Error" (unseen, but read aloud) for a run that was cancelled. */
+#result [data-testid=status-tracker] { display: none; }
 .status { border-radius: 12px; padding: 12px 16px; font-size: 15px; line-height: 1.45;
           background: var(--block-background-fill); border: 1px solid var(--border-color-primary); }
 .status .words { display: flex; justify-content: space-between; gap: 4px 16px; flex-wrap: wrap; margin-bottom: 10px; }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,9 @@ import gradio as gr
 
 from shared.app.context import DEFAULT_PRESET
 from shared.app.metadata import read_record
+from shared.app.plan import find_files
 from shared.app.presets import Preset, choose_files
-from shared.app.session import Downloading, Event, ImageDone, StepDone
+from shared.app.session import Downloading, Event, GenerationResult, ImageDone, StepDone
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError
 from shared.ui import result_panel
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from shared.app.context import AppContext
 
 log = logging.getLogger(__name__)
+
+_CANCELLED = "Cancelled. Pictures that were finished are kept."
 
 Updates = dict[Any, Any]  # component -> its new value or gr.update(...)
 
@@ -127,15 +130,14 @@ class Page:
 
     def draw(self, entered: Mapping[Any, Any], request: gr.Request) -> Iterator[Updates]:
         """Draw the pictures and show every event on the way; however it ends, the page can draw again."""
-        images: list[ImageDone] = []
-        began = time.monotonic()
         try:
             preset, settings = self._order(entered)
             outcome = result_panel.note(" ".join(settings.notes))
             self._remember(preset)
             with self.easel.taken_by(request.session_hash):
-                for event in self.ctx.session.stream(preset, settings):
-                    yield self._shown(event, images, seconds=time.monotonic() - began)
+                done = yield from self._events_shown(self.ctx.session.stream(preset, settings))
+            if done.cancelled:
+                outcome = result_panel.note(_CANCELLED)
         except UserError as error:
             outcome = result_panel.failure(error)
         except Exception as error:  # the page is the last to hear of a bug: it says so and stays usable
@@ -148,8 +150,7 @@ class Page:
         """Stop this page's drawing within one step, or take it out of the queue; never another page's."""
         if self.easel.page == request.session_hash:
             self.ctx.session.cancel()
-        words = "Cancelled. Pictures that were finished are kept."
-        return {self.result.status: result_panel.note(words)} | self._buttons(busy=False)
+        return {self.result.status: result_panel.note(_CANCELLED)} | self._buttons(busy=False)
 
     # ---- single fields
 
@@ -207,7 +208,7 @@ class Page:
             values, unread = self._defaults(preset)
             problems += unread
         fields = fields_for(preset, values, find_loras(self.ctx.lora_folder(preset)))
-        missing = sum(self.ctx.files.find(want.url) is None for want in choose_files(preset).wants)
+        missing = sum(file.path is None for file in find_files(self.ctx, choose_files(preset)))
         note = preset_note(preset.description, missing_files=missing, problems=problems)
         return {self.compose.preset_note: note} | form_updates(self.compose, self.settings, fields)
 
@@ -234,8 +235,22 @@ class Page:
         saved = self.ctx.saved_settings(preset)
         return preset, GenerationSettings.build(preset, saved, overrides(fields_for(preset, saved), values))
 
+    def _events_shown(
+        self, events: Generator[Event, None, GenerationResult]
+    ) -> Generator[Updates, None, GenerationResult]:
+        """Each event as what it changes on the page; returns what the session returns."""
+        images: list[ImageDone] = []
+        began = time.monotonic()
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as end:
+                result: GenerationResult = end.value
+                return result
+            yield self._shown(event, images, seconds=time.monotonic() - began)
+
     def _shown(self, event: Event, images: list[ImageDone], *, seconds: float) -> Updates:
-        """What one event of the session changes on the page; a finished picture is added to `images`."""
+        """What one event changes on the page; a finished picture is added to `images`."""
         status = self.result.status
         if isinstance(event, StepDone):
             return {status: result_panel.step_status(event)}

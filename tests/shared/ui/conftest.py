@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +47,7 @@ class FakeSession:
     most_at_once: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
 
-    def stream(self, preset: Preset, settings: Any) -> Iterator[Any]:
+    def stream(self, preset: Preset, settings: Any) -> Generator[Any, None, SimpleNamespace]:
         self.orders.append((preset.id, settings))
         self._stop.clear()
         self.drawing += 1
@@ -61,12 +61,13 @@ class FakeSession:
                     if self.gate is not None:
                         assert self.gate.acquire(timeout=GATE_SECONDS), "the test did not open the gate"
                     if self._stop.is_set():
-                        return
+                        return SimpleNamespace(cancelled=True)
                     yield StepDone(
                         image=number, images=settings.batch_size, step=step, steps=settings.num_inference_steps,
                         seconds_left=float(settings.num_inference_steps - step),
                     )  # fmt: skip
                 yield self._picture(preset, settings, number)
+            return SimpleNamespace(cancelled=False)
         finally:
             self.drawing -= 1
 
@@ -112,7 +113,7 @@ class FakeContext:
         for picture in self.output_folder.iterdir():
             picture.unlink()
         self.config: dict[str, Any] = {}
-        self.files = SimpleNamespace(find=lambda url: Path(url.removeprefix("file:")))
+        self.files = SimpleNamespace(find=lambda url, **_: Path(url.removeprefix("file:")))
         self.session = FakeSession(self.output_folder)
         self.saved: dict[str, dict[str, Any]] = {}
         self.on_disk = [

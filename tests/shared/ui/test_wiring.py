@@ -95,7 +95,7 @@ def test_the_users_saved_defaults_win_over_the_presets(page: Page, context) -> N
 
 
 def test_a_preset_whose_files_are_missing_says_so_before_the_wait(page: Page, context) -> None:
-    context.files.find = lambda url: None
+    context.files.find = lambda url, **_: None
 
     assert "download of 1 file" in page.preset_picked("z_image_demo")[page.compose.preset_note]
 
@@ -118,10 +118,26 @@ def test_refresh_with_a_broken_preset_file_says_which_and_keeps_the_old_ones(pag
     assert page.compose.preset not in page.refreshed("guided")
 
 
-def test_nag_above_one_brings_the_negative_prompt(page: Page) -> None:
+def test_nag_above_one_brings_the_negative_prompt(page: Page, monkeypatch) -> None:
+    monkeypatch.setattr("shared.ui.fields.NAG_READY", True)
+
     assert not visible(page.nag_moved("nag", 1.0))
     assert visible(page.nag_moved("nag", 1.5))
     assert not visible(page.nag_moved("z_image_demo", 1.5))
+
+
+def test_lora_files_of_the_family_are_offered_and_ordered(page: Page, context, entered) -> None:
+    assert not visible(page.preset_picked("guided")[page.settings.lora_group])
+
+    context.loras.mkdir()
+    (context.loras / "style.safetensors").touch()
+    shown = page.preset_picked("guided")
+    assert visible(shown[page.settings.lora_group])
+    assert shown[page.settings.activated_loras]["choices"] == ["style.safetensors"]
+
+    list(page.draw(entered(activated_loras=["style.safetensors"], loras_multipliers="0.5"), THIS_PAGE))
+    [(_, settings)] = context.session.orders
+    assert [(lora.file, lora.multiplier) for lora in settings.loras] == [("style.safetensors", "0.5")]
 
 
 # ---- drawing
@@ -199,7 +215,9 @@ def test_cancel_stops_the_page_that_is_drawing_and_no_other(page: Page, context,
     shown = page.cancelled(THIS_PAGE)
     assert context.session.cancels == 1
     assert "Cancelled" in shown[page.result.status]
-    assert [update for update in drawing if page.result.gallery in update] == []
+    rest = list(drawing)
+    assert [update for update in rest if page.result.gallery in update] == []
+    assert rest[-1][page.result.status] == shown[page.result.status]  # whichever of the two arrives last
 
 
 def test_a_page_that_is_closed_while_drawing_leaves_the_easel(page: Page, context, entered) -> None:
