@@ -98,7 +98,7 @@ def relative_of(names: Iterable[str]) -> str | None:
     """In words, which other member of the family these left-over names point to."""
     listed = tuple(names)
     for prefix, words in _RELATIVES:
-        if any(name.startswith(prefix) for name in listed):
+        if any(f".{prefix}" in f".{name}" for name in listed):
             return words
     return None
 

@@ -9,7 +9,7 @@ Source: diffusers 0.42.1 pipelines/z_image/pipeline_z_image.py, _encode_prompt.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
-from shared.quant.checkpoint import Checkpoint, TensorInfo
-from shared.quant.errors import LayerMismatchError, UnknownFormatError, UserError
+from shared.quant.assemble import Part, Plan, fill, shapes
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import LayerMismatchError, UserError
+from shared.quant.formats import layers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,35 +72,32 @@ class TextEncoder:
         return features
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype) -> nn.Module:
+def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "auto") -> nn.Module:
     """Build Qwen3 without its last layer and final norm from a checkpoint's own sizes, in `dtype` on the CPU.
 
     Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`). Its output's
-    last_hidden_state is the whole model's hidden_states[-2]. Raises LayerMismatchError or UnknownFormatError.
+    last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are multiplied. Raises
+    LayerMismatchError or UnknownFormatError.
     """
     from accelerate import init_empty_weights
     from transformers import Qwen3Config, Qwen3Model
 
     checkpoint = Checkpoint.open(path)
-    tensors = _named(checkpoint)
-    sizes = _sizes(checkpoint, tensors)
+    plan = _plan(checkpoint)
     config = Qwen3Config(
-        **sizes,
+        **_sizes(checkpoint, plan),
         rms_norm_eps=NORM_EPS,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         use_cache=False,
         attn_implementation="sdpa",
         dtype=dtype,
     )
+    unused = (f"layers.{config.num_hidden_layers}.", "norm")
     with init_empty_weights(include_buffers=False):
         model = Qwen3Model(config)
     model.norm = nn.Identity()
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    _check(checkpoint, tensors, expected)
-    for name in expected:
-        weight = checkpoint.load([tensors[name].name])[tensors[name].name].to(dtype)
-        owner, _, parameter = name.rpartition(".")
-        setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
+    used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
+    fill(model, used, dtype, source=str(checkpoint.path), compute=compute)
     return model.eval()
 
 
@@ -117,52 +116,38 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
-def _named(checkpoint: Checkpoint) -> dict[str, TensorInfo]:
-    """The encoder's tensors without their prefix."""
-    landmark = "embed_tokens.weight"
-    prefix = next((n[: -len(landmark)] for n in checkpoint.tensors if n.endswith(landmark)), None)
+def _plan(checkpoint: Checkpoint) -> Plan:
+    """The encoder's layers by name without prefix; what else is in the file (a language head, a VAE) is left alone."""
+    landmark = "embed_tokens."
+    prefix = next((n.split(landmark)[0] for n in checkpoint.tensors if f".{landmark}" in f".{n}"), None)
     if prefix is None:
         raise LayerMismatchError(
-            f"{checkpoint.path}: no Qwen3 text encoder in this file ({landmark} is missing).",
+            f"{checkpoint.path}: no Qwen3 text encoder in this file ({landmark}weight is missing).",
             "`wgp.py inspect FILE` says what it looks like.",
         )
-    return {n[len(prefix) :]: info for n, info in checkpoint.tensors.items() if n.startswith(prefix)}
+    own = tuple(prefix + part for part in (landmark, "layers.", "norm."))
+    layers = layers_of(checkpoint, [n for n in checkpoint.tensors if n.startswith(own)])
+    return {module[len(prefix) :]: [Part(layer)] for module, layer in layers.items()}
 
 
-def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+def _sizes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Qwen3Config's sizes, one layer fewer than the file has."""
+    found = shapes(plan)
     try:
-        vocabulary, hidden = tensors["embed_tokens.weight"].shape
-        head = tensors["layers.0.self_attn.q_norm.weight"].shape[0]
-        layers = 1 + max(int(n.split(".")[1]) for n in tensors if n.startswith("layers."))
+        vocabulary, hidden = found["embed_tokens.weight"]
+        head = found["layers.0.self_attn.q_norm.weight"][0]
+        layers = 1 + max(int(n.split(".")[1]) for n in plan if n.startswith("layers."))
         return {
             "vocab_size": vocabulary,
             "hidden_size": hidden,
-            "intermediate_size": tensors["layers.0.mlp.gate_proj.weight"].shape[0],
+            "intermediate_size": found["layers.0.mlp.gate_proj.weight"][0],
             "num_hidden_layers": layers - 1,
-            "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head,
-            "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head,
+            "num_attention_heads": found["layers.0.self_attn.q_proj.weight"][0] // head,
+            "num_key_value_heads": found["layers.0.self_attn.k_proj.weight"][0] // head,
             "head_dim": head,
         }
     except (KeyError, ValueError, IndexError) as error:
         raise LayerMismatchError(
-            f"{checkpoint.path}: not a plain Qwen3 text encoder ({error}).",
-            "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).",
+            f"{checkpoint.path}: not a Qwen3 text encoder, {error} is missing or of another shape.",
+            "`wgp.py inspect FILE` says what it looks like.",
         ) from error
-
-
-def _check(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
-    missing = [n for n in expected if n not in tensors]
-    misshapen = [n for n, shape in expected.items() if n in tensors and tensors[n].shape != shape]
-    if missing or misshapen:
-        raise LayerMismatchError(
-            f"{checkpoint.path}: {len(missing)} text encoder tensors are missing ({', '.join(missing[:5])}), "
-            f"{len(misshapen)} have another shape ({', '.join(misshapen[:5])}).",
-            "The file is truncated or belongs to another model.",
-        )
-    packed = [n for n in expected if tensors[n].dtype not in ("F32", "F16", "BF16")]
-    if packed:
-        raise UnknownFormatError(
-            f"{checkpoint.path}: {len(packed)} tensors are packed (first: {packed[0]}, {tensors[packed[0]].dtype}).",
-            "Use the bf16 file (qwen3_bf16.safetensors or qwen_3_4b.safetensors).",
-        )

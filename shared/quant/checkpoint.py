@@ -53,6 +53,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     file: Path
+    offset: int  # of its first byte in the file
 
     @property
     def numel(self) -> int:
@@ -99,6 +100,13 @@ class Checkpoint:
         """Bytes of all tensors, headers not counted."""
         return sum(t.nbytes for t in self.tensors.values())
 
+    def read_bytes(self, name: str) -> bytes:
+        """One tensor's raw bytes, without torch: for small ones that hold text."""
+        info = self.tensors[name]
+        with info.file.open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.nbytes)
+
     def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can."""
         from safetensors import safe_open
@@ -142,7 +150,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{file}: __metadata__ is a {type(metadata).__name__}, not an object.")
-    tensors = {name: _tensor_info(file, name, entry) for name, entry in header.items()}
+    tensors = {name: _tensor_info(file, name, entry, 8 + length) for name, entry in header.items()}
     _check_offsets(file, header, size - 8 - length)
     return tensors, {str(k): str(v) for k, v in metadata.items()}
 
@@ -168,7 +176,7 @@ def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
     return result
 
 
-def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
+def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     match entry:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
             pass
@@ -184,7 +192,7 @@ def _tensor_info(file: Path, name: str, entry: Any) -> TensorInfo:
             f"{file}: {name} is {dtype} {shape}, {nbytes:,} bytes, but its offsets span {end - begin:,}.",
             "Download it again.",
         )
-    return TensorInfo(name, dtype, tuple(shape), nbytes, file)
+    return TensorInfo(name, dtype, tuple(shape), nbytes, file, data_start + begin)
 
 
 def _check_offsets(file: Path, header: Mapping[str, Any], data_bytes: int) -> None:

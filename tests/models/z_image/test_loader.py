@@ -174,11 +174,9 @@ def test_relatives_are_named(tmp_path: Path, state: State, name: str, says: str)
 
 def test_packed_numbers_are_named_and_not_misread(tmp_path: Path, state: State) -> None:
     name = "layers.0.feed_forward.w1.weight"
-    save_file(state | {name: state[name].to(torch.float8_e4m3fn)}, tmp_path / "m.safetensors")
+    save_file(state | {name: torch.zeros(7, dtype=torch.int8)}, tmp_path / "m.safetensors")
 
-    with pytest.raises(
-        UnknownFormatError, match=r"1 tensors are stored as F8_E4M3 \(first: layers\.0\.feed_forward\.w1"
-    ):
+    with pytest.raises(UnknownFormatError, match=r"layers\.0\.feed_forward\.w1 is packed in a way.*I8"):
         load_transformer(tmp_path / "m.safetensors", torch.float32)
 
 

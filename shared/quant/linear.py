@@ -1,0 +1,110 @@
+"""PackedLinear: a linear layer whose weight stays packed, and which everything else still takes for an nn.Linear.
+
+* `isinstance(layer, nn.Linear)` holds, so that LoRA and offloaders find it.
+* The packed tensors are plain buffers: they move with `.to(device)`, are saved, and never change their type, however
+  often somebody calls `.to(bfloat16)` (float8 counts as floating point, so a plain module would be destroyed by that).
+* `weight` tells shape and type and is no tensor: code that would compute with it fails at once. (A meta tensor would
+  not: F.linear with one returns uninitialised memory on torch 2.13.)
+* forward() is straight: one kernel, chosen when the layer first meets a device (kernels/__init__.py), no fallback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from shared.quant import kernels
+from shared.quant.packing import Packed
+
+
+class WeightSpec(NamedTuple):
+    """What a packed layer's `weight` tells: enough to fit a LoRA, too little to compute with."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class PackedLinear(nn.Linear):
+    """y = x W^T + b with W packed. Activations come and go in their own type."""
+
+    # mmgp then adds its LoRAs to forward()'s result instead of computing with `weight`.
+    _mm_requires_native_linear_forward = True
+
+    def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, *, compute: str = "auto") -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = packed.shape
+        self.packing = packed.packing
+        self.compute = compute
+        self._names = tuple(packed.tensors)
+        self._spec = WeightSpec(torch.Size(packed.shape), dtype)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._kernels: dict[torch.device, kernels.Kernel] = {}
+
+    @property
+    def weight(self) -> WeightSpec:  # type: ignore[override]
+        return self._spec
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as it is kept now, on whatever device it is."""
+        tensors = {name: self.get_buffer(name) for name in self._names}
+        return Packed(self.packing, (self.out_features, self.in_features), tensors)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kernel(x.device).run(self, x)
+
+    def kernel(self, device: torch.device) -> kernels.Kernel:
+        """What computes this layer on `device`, chosen once."""
+        if device not in self._kernels:
+            self._kernels[device] = kernels.select(self, device)
+        return self._kernels[device]
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) in the layer's type."""
+        return self.packed.dequantize(self._spec.dtype)
+
+    def extra_repr(self) -> str:
+        chosen = ", ".join(f"{device}: {kernel.name}" for device, kernel in self._kernels.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.packing}, {chosen or 'unused'}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move as asked, keep every type: a cast would destroy packed numbers and round their scales."""
+
+        def move(tensor: Tensor) -> Tensor:
+            device = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).device
+            return tensor if device == tensor.device else tensor.to(device)
+
+        return super()._apply(move, recurse)
+
+
+class JoinedLinear(nn.Linear):
+    """Linears over the same input, their outputs side by side: a fused layer whose parts are packed differently."""
+
+    _mm_requires_native_linear_forward = True
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        nn.Module.__init__(self)
+        self.in_features = parts[0].in_features
+        self.out_features = sum(p.out_features for p in parts)
+        self.parts = nn.ModuleList(parts)
+        self.register_parameter("bias", None)
+        self._spec = WeightSpec(torch.Size((self.out_features, self.in_features)), parts[0].weight.dtype)
+
+    @property
+    def weight(self) -> WeightSpec:  # type: ignore[override]
+        return self._spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def dequantize(self) -> Tensor:
+        """The weight (out, in) in the layer's type."""
+        return torch.cat([p.dequantize() if isinstance(p, PackedLinear) else p.weight for p in self.parts])
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
