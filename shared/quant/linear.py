@@ -91,7 +91,7 @@ class JoinedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = parts[0].in_features
         self.out_features = sum(p.out_features for p in parts)
-        self.parts = nn.ModuleList(parts)
+        self.parts: Any = nn.ModuleList(parts)
         self.register_parameter("bias", None)
         self._spec = WeightSpec(torch.Size((self.out_features, self.in_features)), parts[0].weight.dtype)
 
@@ -104,7 +104,8 @@ class JoinedLinear(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in the layer's type."""
-        return torch.cat([p.dequantize() if isinstance(p, PackedLinear) else p.weight for p in self.parts])
+        weights: list[Tensor] = [p.dequantize() if isinstance(p, PackedLinear) else p.weight for p in self.parts]
+        return torch.cat(weights)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
