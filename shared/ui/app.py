@@ -14,7 +14,7 @@ import gradio as gr
 from shared.quant.errors import UserError
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel
 from shared.ui.result_panel import build_result_panel
-from shared.ui.theme import CSS, build_theme
+from shared.ui.theme import CSS, HEAD, build_theme
 from shared.ui.wiring import wire
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def serve(ctx: AppContext, host: str, port: int, *, open_browser: bool = False) 
         allowed_paths=[str(ctx.output_folder)],
         theme=build_theme(),
         css=CSS,
+        head=HEAD,
     )
     return app
 

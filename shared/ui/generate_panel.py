@@ -60,7 +60,7 @@ def build_compose_panel() -> ComposePanel:
     """Lay out model, prompts and buttons; their choices and values arrive when a page opens."""
     with gr.Row(elem_id="model-row", equal_height=False):
         preset = gr.Dropdown(label="Model", elem_id="preset", choices=[], value=None, scale=1)
-        refresh = gr.Button("↻", elem_id="refresh", size="sm", min_width=44, scale=0)
+        refresh = gr.Button("Refresh", elem_id="refresh", size="sm", min_width=72, scale=0)
     preset_note = gr.HTML(elem_id="preset-note")
     prompt = gr.Textbox(
         label="Prompt", elem_id="prompt", lines=3, max_lines=12,

@@ -6,6 +6,8 @@ files in its package hold a few letters only, and the browser would fill the res
 
 from __future__ import annotations
 
+from urllib.parse import quote
+
 import gradio as gr
 from gradio.themes.utils import colors, fonts, sizes
 
@@ -19,6 +21,14 @@ _GREY = colors.Color(
     c50="#faf9f7", c100="#f3f2ef", c200="#e6e4e0", c300="#d3d0ca", c400="#a6a29b", c500="#6f6b64",
     c600="#5b5751", c700="#403d39", c800="#2a2826", c900="#1d1c1b", c950="#141413",
 )  # fmt: skip
+
+
+_ICON = (
+    "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'><rect width='32' height='32' rx='8' fill='#5557c5'/>"
+    "<path d='M9 9h14L9 23h14' fill='none' stroke='white' stroke-width='3.5' stroke-linejoin='round'"
+    " stroke-linecap='round'/></svg>"
+)
+HEAD = f'<link rel="icon" type="image/svg+xml" href="data:image/svg+xml,{quote(_ICON)}">'
 
 
 def build_theme() -> gr.themes.Base:
@@ -122,7 +132,8 @@ CSS = """
 #page input[type=range]::-moz-range-thumb { border: 1px solid var(--neutral-300); }
 
 #model-row, #seed-row { align-items: end; gap: 8px; flex-wrap: nowrap; }
-#refresh { font-size: 18px; height: 40px; }
+#preset input, #resolution input { text-overflow: ellipsis; padding-right: 20px; }
+#refresh { height: 40px; }
 #random-seed, #reuse-seed { height: 42px; white-space: nowrap; }
 #settings .form:has(> .hidden:only-child) { display: none; }
 #loras, #advanced, #restore { border-top: 1px solid var(--border-color-primary) !important; border-radius: 0;

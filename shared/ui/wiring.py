@@ -50,7 +50,7 @@ def wire(ctx: AppContext, app: gr.Blocks, compose: ComposePanel, settings: Setti
     at_once: dict[str, Any] = {**quiet, "queue": False}  # answered while pictures are being drawn
 
     app.load(page.opened, None, [compose.preset, compose.prompt, *form], **at_once)
-    compose.preset.input(page.preset_picked, compose.preset, form, **at_once)
+    compose.preset.input(page.preset_picked, compose.preset, [result.status, *form], **at_once)
     compose.refresh.click(page.refreshed, compose.preset, [compose.preset, *form], **at_once)
 
     drawing = (
@@ -111,7 +111,10 @@ class Page:
 
     def preset_picked(self, preset_id: str) -> Updates:
         """Show the fields of another preset with its defaults; what the user typed as prompt stays."""
-        return self._form(self.ctx.presets.get(preset_id))
+        try:
+            return self._form(self.ctx.presets.get(preset_id))
+        except UserError as error:  # its file was taken away and another page refreshed
+            return {self.result.status: result_panel.failure(error)}
 
     def refreshed(self, preset_id: str | None) -> Updates:
         """Read the preset files again; the chosen preset stays chosen if it still exists."""
@@ -123,9 +126,10 @@ class Page:
 
     # ---- drawing
 
-    def asked(self) -> Updates:
+    def asked(self, request: gr.Request) -> Updates:
         """The first answer to Generate, given at once even when another page is being drawn for."""
-        words = "Starting" if self.easel.page is None else "Waiting for another page's pictures"
+        must_wait = self.easel.page not in (None, request.session_hash)
+        words = "Waiting for another page's pictures" if must_wait else "Starting"
         return {self.result.status: result_panel.working(words)} | self._buttons(busy=True)
 
     def draw(self, entered: Mapping[Any, Any], request: gr.Request) -> Iterator[Updates]:
@@ -160,8 +164,8 @@ class Page:
 
     def nag_moved(self, preset_id: str, nag_scale: float) -> Any:
         """Show the negative prompt as soon as NAG makes it count."""
-        fields = fields_for(self.ctx.presets.get(preset_id), {})
-        return gr.update(visible=fields.uses_negative_prompt(nag_scale))
+        preset = self.ctx.presets.presets.get(preset_id)
+        return gr.update(visible=preset is not None and fields_for(preset, {}).uses_negative_prompt(nag_scale))
 
     def seed_reused(self, seeds: list[int]) -> Any:
         """Put the seed of the last picture (the first of several) into the seed field."""
@@ -197,7 +201,7 @@ class Page:
         choices = preset_choices(self.ctx.presets.grouped())
         updates: Updates = {self.compose.preset: gr.update(choices=choices, value=preset_id)}
         if preset_id is None:
-            hint = "No preset was found. Put one into the folder defaults or finetunes and press ↻."
+            hint = "No preset was found. Put one into the folder defaults or finetunes and press Refresh."
             return updates | {self.compose.preset_note: preset_note(hint, problems=self.ctx.presets.problems)}
         return updates | self._form(self.ctx.presets.presets[preset_id])
 
@@ -213,9 +217,11 @@ class Page:
         return {self.compose.preset_note: note} | form_updates(self.compose, self.settings, fields)
 
     def _defaults(self, preset: Preset) -> tuple[Mapping[str, Any], list[str]]:
-        """The preset's settings under the user's own, and what could not be read."""
+        """The preset's settings under the user's own, and what of the user's cannot be used."""
         try:
-            return {**preset.settings, **self.ctx.saved_settings(preset)}, []
+            saved = self.ctx.saved_settings(preset)
+            GenerationSettings.build(preset, saved)  # refuses a value that no field could show
+            return {**preset.settings, **saved}, []
         except UserError as error:
             return preset.settings, [str(error)]
 

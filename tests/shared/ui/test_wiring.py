@@ -94,6 +94,18 @@ def test_the_users_saved_defaults_win_over_the_presets(page: Page, context) -> N
     assert page.preset_picked("guided")[page.settings.num_inference_steps]["value"] == 12
 
 
+def test_saved_defaults_that_make_no_sense_are_named_and_left_out(page: Page, context) -> None:
+    context.saved["guided"] = {"num_inference_steps": "many"}
+    shown = page.preset_picked("guided")
+
+    assert "num_inference_steps" in shown[page.compose.preset_note]
+    assert shown[page.settings.num_inference_steps]["value"] == 30
+
+
+def test_picking_a_preset_that_was_taken_away_is_a_message(page: Page) -> None:
+    assert "deleted" in page.preset_picked("deleted")[page.result.status]
+
+
 def test_a_preset_whose_files_are_missing_says_so_before_the_wait(page: Page, context) -> None:
     context.files.find = lambda url, **_: None
 
@@ -231,12 +243,13 @@ def test_a_page_that_is_closed_while_drawing_leaves_the_easel(page: Page, contex
 
 
 def test_a_page_that_must_wait_is_told_so(page: Page, entered) -> None:
-    assert "Starting" in page.asked()[page.result.status]
+    assert "Starting" in page.asked(OTHER_PAGE)[page.result.status]
 
     drawing = page.draw(entered(), THIS_PAGE)
     next(drawing)
 
-    assert "Waiting" in page.asked()[page.result.status]
+    assert "Waiting" in page.asked(OTHER_PAGE)[page.result.status]
+    assert "Starting" in page.asked(THIS_PAGE)[page.result.status]  # its own last step ends first
 
 
 # ---- seeds and restored settings
