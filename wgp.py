@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return commands.generate(ctx, args)
     if args.command == "presets":
         return commands.presets(ctx, args)
+    print("Starting the page ...", file=sys.stderr)  # its imports take seconds
     from shared.ui.app import launch
 
     return launch(ctx, args)
