@@ -1,0 +1,143 @@
+"""What every packed linear promises, shown on the simplest packing there is: whole numbers times one row scale."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared.quant import kernels
+from shared.quant.errors import UserError
+from shared.quant.linear import JoinedLinear, PackedLinear
+from shared.quant.packing import Packed, join_rows
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Codes (rows, columns) int8 and scales (rows, 1) float32."""
+
+    name: str = "whole"
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return (tensors["codes"].float() * tensors["scale"]).to(dtype)
+
+    def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        return {name: tensor[start:stop] for name, tensor in tensors.items()}
+
+    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def whole(rows: int = 6, columns: int = 8) -> Packed:
+    codes = torch.randint(-100, 100, (rows, columns), dtype=torch.int8)
+    return Packed(Whole(), (rows, columns), {"codes": codes, "scale": torch.rand(rows, 1) + 0.1})
+
+
+@pytest.fixture
+def layer() -> PackedLinear:
+    return PackedLinear(whole(), torch.randn(6), torch.float32)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> list[kernels.Kernel]:
+    """A kernel table of the test's own, with the real last resort in it."""
+    registered = [k for k in kernels.available("whole") if k.name == "dequantize"]
+    monkeypatch.setattr(kernels, "_registry", registered)
+    return registered
+
+
+def test_it_computes_what_its_dequantized_weight_does(layer: PackedLinear) -> None:
+    x = torch.randn(2, 3, 8)
+
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize(), layer.bias))
+
+
+def test_it_is_taken_for_a_linear(layer: PackedLinear) -> None:
+    assert isinstance(layer, nn.Linear)
+    assert (layer.in_features, layer.out_features, tuple(layer.weight.shape)) == (8, 6, (6, 8))
+    assert layer._mm_requires_native_linear_forward
+
+
+def test_code_that_computes_with_its_weight_fails_at_once(layer: PackedLinear) -> None:
+    with pytest.raises(TypeError):
+        F.linear(torch.randn(1, 8), layer.weight)
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.float16)]
+)
+def test_no_cast_touches_packed_numbers_or_scales(layer: PackedLinear, cast: Callable[[nn.Module], nn.Module]) -> None:
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+    cast(layer)
+
+    after = layer.state_dict()
+    assert all(
+        after[name].dtype == tensor.dtype and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
+
+
+def test_state_dict_goes_round(layer: PackedLinear) -> None:
+    other = PackedLinear(whole(), torch.randn(6), torch.float32)
+
+    other.load_state_dict(layer.state_dict())
+
+    assert torch.equal(other.dequantize(), layer.dequantize())
+    assert torch.equal(copy.deepcopy(layer).dequantize(), layer.dequantize())
+
+
+def test_joined_parts_are_their_rows_on_top_of_each_other() -> None:
+    parts = [whole(4), whole(2)]
+
+    joined = join_rows(parts)
+
+    assert joined is not None
+    assert torch.equal(joined.dequantize(torch.float32), torch.cat([p.dequantize(torch.float32) for p in parts]))
+    assert torch.equal(joined.take_rows(4, 6).dequantize(torch.float32), parts[1].dequantize(torch.float32))
+
+
+def test_parts_packed_differently_are_not_joined_but_stand_side_by_side() -> None:
+    other = Packed(Whole("other"), (2, 8), whole(2).tensors)
+    assert join_rows([whole(4), other]) is None
+
+    plain = nn.Linear(8, 3, bias=False)
+    layer = JoinedLinear([PackedLinear(whole(4), None, torch.float32), plain])
+    x = torch.randn(5, 8)
+
+    assert layer(x).shape == (5, 7)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize()))
+
+
+def test_the_best_kernel_that_does_not_refuse_is_chosen_once(layer: PackedLinear, table: list[kernels.Kernel]) -> None:
+    asked: list[str] = []
+
+    def add(name: str, priority: int, reason: str | None) -> None:
+        def refuse(_layer: PackedLinear, _device: torch.device) -> str | None:
+            asked.append(name)
+            return reason
+
+        kernels.register(
+            kernels.Kernel(name, "whole", "int8", priority, refuse, lambda _l, x: x.new_full((1,), priority))
+        )
+
+    add("fast", 9, "needs wings")
+    add("good", 5, None)
+
+    assert float(layer(torch.randn(1, 8))) == 5
+    layer(torch.randn(1, 8))
+    assert asked == ["fast", "good"]
+    assert "good" in repr(layer)
+
+
+def test_when_every_kernel_refuses_each_says_why(table: list[kernels.Kernel]) -> None:
+    refuse = kernels.Kernel("fast", "whole", "int8", 9, lambda *_: "needs wings", lambda _l, x: x)
+    kernels.register(refuse)
+    layer = PackedLinear(whole(), None, torch.float32, compute="int8")
+
+    with pytest.raises(UserError, match=r"fast: needs wings; dequantize: computes in bf16, int8 was asked for"):
+        layer(torch.randn(1, 8))
