@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from shared.quant.packing import Packed
 
 # Asked in this order: formats with unmistakable tensors first, plain numbers last.
-_MODULES: tuple[str, ...] = ()
+_MODULES: tuple[str, ...] = ("quanto_int8", "nvfp4", "mxfp8", "comfy_int8", "fp8_scaled", "fp8_plain")
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
+
+# Plain too, but for matrices: norms, biases and pad tokens that were cast along with a bare FP8 file's weights.
+SMALL_PLAIN_DTYPES = ("F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Format(Protocol):
 
     NAME: str  # for people: "SVDQ int4"
     SUFFIXES: frozenset[str]  # tensors of a layer that this format uses, besides "weight" and "bias"
+    # Optional, FILE_TENSORS: frozenset[str]: tensors that mark a whole file and belong to no layer.
 
     def claims(self, layer: Layer) -> bool:
         """Whether the layer is of this format, judged by names, types and marker only."""
@@ -82,11 +86,15 @@ def formats() -> tuple[Format, ...]:
 def layers_of(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, Layer]:
     """Group tensors by module. Tensors whose last parts are no known suffix keep their whole name, suffix "".
 
-    A module's suffix may contain dots ("weight._data"), so the longest known one is cut off.
+    A module's suffix may contain dots ("weight._data"), so the longest known one is cut off. Tensors that mark a whole
+    file ("scaled_fp8", behind any prefix) are left out.
     """
     suffixes = {"weight", "bias"} | {s for f in formats() for s in f.SUFFIXES}
+    file_tensors = {name for f in formats() for name in getattr(f, "FILE_TENSORS", ())}
     grouped: dict[str, dict[str, TensorInfo]] = {}
     for name in names:
+        if name.rpartition(".")[2] in file_tensors:
+            continue
         module, suffix = _cut(name, suffixes)
         grouped.setdefault(module, {})[suffix] = checkpoint.tensors[name]
     header = _header_markers(checkpoint)
@@ -101,7 +109,7 @@ def format_of(layer: Layer) -> Format | None:
     for candidate in formats():
         if candidate.claims(layer):
             return candidate
-    odd = [t for t in layer.tensors.values() if t.dtype not in PLAIN_DTYPES]
+    odd = [info for suffix, info in layer.tensors.items() if not _is_plain(suffix, info)]
     if odd or layer.marker:
         said = (
             f"marked {dict(layer.marker)}" if layer.marker else f"{odd[0].name} is {odd[0].dtype} {list(odd[0].shape)}"
@@ -111,6 +119,18 @@ def format_of(layer: Layer) -> Format | None:
             "Use another file of the same model; `wgp.py presets` lists what is readable.",
         )
     return None
+
+
+def marker_tensor(entries: Mapping[str, Any]) -> Tensor:
+    """A layer's `comfy_quant` tensor: the bytes of a JSON object."""
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(entries).encode()), dtype=torch.uint8)
+
+
+def _is_plain(suffix: str, info: TensorInfo) -> bool:
+    is_matrix = suffix == "weight" and len(info.shape) == 2
+    return info.dtype in PLAIN_DTYPES or (info.dtype in SMALL_PLAIN_DTYPES and not is_matrix)
 
 
 def _cut(name: str, suffixes: Iterable[str]) -> tuple[str, str]:

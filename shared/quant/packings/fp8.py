@@ -1,0 +1,83 @@
+"""8-bit floats, with or without scales: W[n, k] = value(codes[n, k]) * scale[n, k // group].
+
+    e4m3fn   s eeee mmm   largest 448,   2^(e-7)  * (1 + m/8), below 2^-6  steps of 2^-9;  0x7f is NaN, no infinity
+    e5m2     s eeeee mm   largest 57344, 2^(e-15) * (1 + m/4), below 2^-14 steps of 2^-16; has infinity and NaN
+
+e4m3fn has three digits behind the leading one, so a weight is wrong by at most 1/16 of itself: 0.30 = 2^-2 * 1.2
+becomes 2^-2 * (1 + 2/8) = 0.3125. Weights of a network are small, near the coarse steps below 2^-6; a scale of
+max|W| / 448 lifts them to where the steps are relative. A bare cast has no scale and pays for that.
+
+One scale for the whole matrix stays one number (1, 1), which is what hardware products want; it is repeated by rows
+only when matrices with different ones are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shared.quant.packing import Packed
+
+DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Tensors: `codes` (rows, columns) float8, and `scale` (1 or rows, groups) float32 unless it is 1 everywhere.
+
+    kind: "e4m3fn" or "e5m2".
+    """
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return "fp8"
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = tensors["codes"], tensors.get("scale")
+        if scale is None:
+            return codes.to(dtype)
+        weight: Tensor = codes.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)
+        return weight.flatten(1).to(dtype)
+
+    def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        of_rows = tensors["codes"].shape[0]
+        return {name: t[start:stop] if t.shape[0] == of_rows else t for name, t in tensors.items()}
+
+    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+        scales = [p["scale"] if "scale" in p else torch.ones(1, 1, device=p["codes"].device) for p in parts]
+        if len({s.shape[1] for s in scales}) > 1:
+            return None
+        codes = torch.cat([p["codes"] for p in parts])
+        if all(s.shape == (1, 1) and torch.equal(s, scales[0]) for s in scales):
+            return {"codes": codes, "scale": scales[0]} if "scale" in parts[0] else {"codes": codes}
+        rows = [s.expand(p["codes"].shape[0], -1) for s, p in zip(scales, parts, strict=True)]
+        return {"codes": codes, "scale": torch.cat(rows)}
+
+
+def pack(codes: Tensor, scale: Tensor | None) -> Packed:
+    """codes: (rows, columns) float8. scale: (1 or rows, groups) float, groups dividing columns; None for 1."""
+    kind = next(k for k, dtype in DTYPES.items() if dtype == codes.dtype)
+    tensors = {"codes": codes} if scale is None else {"codes": codes, "scale": scale.float()}
+    return Packed(Float8(kind), (codes.shape[0], codes.shape[1]), tensors)
+
+
+def cast(weight: Tensor, kind: str) -> Tensor:
+    """Round to the nearest float8 of this kind, larger numbers to the largest: torch alone would make them NaN."""
+    limit = torch.finfo(DTYPES[kind]).max
+    return weight.float().clamp(-limit, limit).to(DTYPES[kind])
+
+
+def scale_for(weight: Tensor, kind: str, dim: tuple[int, ...] | None = None) -> Tensor:
+    """What brings the largest magnitude (over `dim`, kept; over everything by default) to the kind's largest number.
+
+    float32; 1 where all weights are zero.
+    """
+    magnitude = weight.float().abs()
+    largest = magnitude.amax() if dim is None else magnitude.amax(dim=dim, keepdim=True)
+    scale = largest / torch.finfo(DTYPES[kind]).max
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,0 +1,112 @@
+"""8-bit integers with float scales: W[n, k] = codes[n, k] * scale[n, k // group].
+
+Usually one scale serves a whole row. With a row of maximum 2.54 the writer takes scale = 2.54 / 127 = 0.02, so 0.31
+becomes round(15.5) = 16 and reads back as 0.32. A single scale for the matrix is repeated for every row, so that
+matrices that had one each can lie on top of each other; block scales are repeated along the rows of their block.
+
+**ConvRot** (ComfyUI's `convrot`): one outlier in a row makes its scale coarse for all its numbers. So the row is cut
+into groups of `rotation` columns and each group g is kept as g H, with H a rotation that spreads an outlier over the
+group: a Hadamard matrix of size 4^k, the Kronecker power of
+
+        1  1  1 -1
+        1  1 -1  1        (4, 0, 0, 0) H4 / 2 = (2, 2, 2, -2)
+        1 -1  1  1
+       -1  1  1  1
+
+over sqrt(4^k). It is symmetric and its own inverse, H H = 1, so the same product brings the weight back. All its rows
+sum to +sqrt(size), unlike Sylvester's, whose first row of ones gathers the mean of a group in one number.
+Sources: formats.md 2.1, 4.4; comfy-kitchen 0.2.40 tensor/int8_utils.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from shared.quant.packing import Packed
+
+# torch's CPU product of int8 weights reads 16 codes at once and crashes the interpreter at other addresses. Files
+# written by mmgp begin their tensors anywhere.
+ALIGNMENT = 16
+
+# Where the writer puts a row's largest magnitude. -128 is never written but may be read.
+MAX_CODE = 127
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Tensors: `codes` (rows, columns) int8, `scale` (rows, groups) float32. rotation: ConvRot's group, 0 for none."""
+
+    rotation: int = 0
+
+    @property
+    def name(self) -> str:
+        return "int8"
+
+    def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        codes, scale = tensors["codes"], tensors["scale"]
+        weight: Tensor = (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
+        if self.rotation:
+            weight = rotate(weight, self.rotation)
+        return weight.to(dtype)
+
+    def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        return {"codes": _aligned(tensors["codes"][start:stop]), "scale": tensors["scale"][start:stop]}
+
+    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+        if len({p["scale"].shape[1] for p in parts}) > 1:
+            return None
+        return {name: torch.cat([p[name] for p in parts]) for name in ("codes", "scale")}
+
+
+def pack(codes: Tensor, scale: Tensor, rotation: int = 0) -> Packed:
+    """codes: (rows, columns) int8. scale: (1 or rows, groups) float, groups dividing columns."""
+    rows, columns = codes.shape
+    tensors = {"codes": _aligned(codes), "scale": scale.float().expand(rows, -1).contiguous()}
+    return Packed(Int8(rotation), (rows, columns), tensors)
+
+
+def quantize(
+    weight: Tensor, *, per_row: bool = True, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Codes (rows, columns) int8 and scales (rows, 1), or () for the whole matrix, by the largest magnitude.
+
+    Rows of zeros get the scale 1. Relative error on Gaussian weights: 0.0070 for rows of 256, 0.0087 for rows of 3840;
+    with one scale 0.0115 for 1024 of those.
+    """
+    weight = weight.float()
+    largest = weight.abs().amax(dim=1, keepdim=True) if per_row else weight.abs().amax()
+    scale = (largest / MAX_CODE).to(scale_dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    codes = (weight / scale.float()).round().clamp(-MAX_CODE, MAX_CODE)
+    return codes.to(torch.int8), scale
+
+
+def rotate(weight: Tensor, size: int) -> Tensor:
+    """Each group of `size` columns times the Hadamard matrix of that size; a second time undoes it. float32."""
+    rotated: Tensor = weight.float().unflatten(1, (-1, size)) @ hadamard(size, weight.device)
+    return rotated.flatten(1)
+
+
+def is_rotation(size: int, columns: int) -> bool:
+    """Whether ConvRot can have this group: a power of four that divides the columns."""
+    return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and columns % size == 0
+
+
+@cache
+def hadamard(size: int, device: torch.device) -> Tensor:
+    """The regular Hadamard matrix (size, size) over sqrt(size), size a power of four. Entries are exact."""
+    four = torch.ones(4, 4, device=device) - 2 * torch.eye(4, device=device).flip(0)
+    matrix: Tensor = torch.ones(1, 1, device=device)
+    while matrix.shape[0] < size:
+        matrix = torch.kron(matrix, four)
+    return matrix / math.sqrt(size)
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    return codes if codes.data_ptr() % ALIGNMENT == 0 else codes.clone()
