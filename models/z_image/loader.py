@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.z_image.config import TransformerConfig, config_from_shapes
+from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
 from shared.quant.assemble import Part, Plan, fill, shapes
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.errors import LayerMismatchError, UnknownFormatError
+from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
 
 if TYPE_CHECKING:
@@ -46,8 +48,13 @@ def read_config(checkpoint: Checkpoint, plan: Plan) -> TransformerConfig:
             f"{checkpoint.path}: cannot read the model's sizes, {error} is missing or of another shape.",
             "The file looks truncated; download it again.",
         ) from error
-    text = checkpoint.metadata.get("config")
-    return config.with_json(text) if text else config
+    try:
+        text = checkpoint.metadata.get("config") or _unpacked(checkpoint.metadata.get("config_base64"))
+        return config.with_json(text) if text else config
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.path}: the config in its header is not usable ({error}).", "Get the file from elsewhere."
+        ) from error
 
 
 def load_transformer(
@@ -69,13 +76,18 @@ def load_transformer(
             f"{files[1]}: module files (ControlNet) cannot be loaded by this version.",
             "Choose a preset without modules.",
         )
-    checkpoint = Checkpoint.open(files[0])
+    checkpoint = with_split_qkv(Checkpoint.open(files[0]))
     plan = plan_layers(checkpoint)
     config = read_config(checkpoint, plan)
     with torch.device("meta"):
         model = ZImageTransformer(config)
     fill(model, plan, dtype, source=str(checkpoint.path), name_missing=_file_names, hint=_hint, compute=compute)
     return model.eval().requires_grad_(False)
+
+
+def _unpacked(text: str | None) -> str | None:
+    """mmgp keeps JSON in a header as base64."""
+    return base64.b64decode(text, validate=True).decode() if text else None
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

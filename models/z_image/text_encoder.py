@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
+from models.z_image.gguf_names import with_hugging_face_names
 from shared.quant.assemble import Part, Plan, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UserError
@@ -75,14 +76,14 @@ class TextEncoder:
 def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "auto") -> nn.Module:
     """Build Qwen3 without its last layer and final norm from a checkpoint's own sizes, in `dtype` on the CPU.
 
-    Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`). Its output's
-    last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are multiplied. Raises
-    LayerMismatchError or UnknownFormatError.
+    Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`) and llama.cpp's in
+    GGUF files. Its output's last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are
+    multiplied. Raises LayerMismatchError or UnknownFormatError.
     """
     from accelerate import init_empty_weights
     from transformers import Qwen3Config, Qwen3Model
 
-    checkpoint = Checkpoint.open(path)
+    checkpoint = with_hugging_face_names(Checkpoint.open(path))
     plan = _plan(checkpoint)
     config = Qwen3Config(
         **_sizes(checkpoint, plan),

@@ -1,5 +1,7 @@
 """A weights file as a list of named tensors: opened by its header alone, without torch, and read tensor by tensor.
 
+GGUF files are told by their first four bytes and read by gguf_file.py; the rest of this page is about safetensors.
+
 A safetensors file is eight bytes N (little-endian), N bytes of JSON, then the tensors' bytes back to back:
 
     {"__metadata__": {text: text}, "layer.weight": {"dtype": "BF16", "shape": [4, 8], "data_offsets": [0, 64]}, ...}
@@ -35,7 +37,7 @@ DTYPE_BITS = {
 # The reference reader's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
-SUFFIXES = (".safetensors", ".sft")
+SUFFIXES = (".safetensors", ".sft", ".gguf")
 INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 _PICKLE_HINT = (
@@ -54,6 +56,7 @@ class TensorInfo:
     nbytes: int
     file: Path
     offset: int  # of its first byte in the file
+    stored: str = ""  # how the file packs it, where load() unpacks it into `dtype` (GGUF norms and pad tokens)
 
     @property
     def numel(self) -> int:
@@ -71,7 +74,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read the header(s) of a .safetensors/.sft file, a `*.safetensors.index.json`, or a folder holding one.
+        """Read the header(s) of a .safetensors, .sft or .gguf file, a `*.safetensors.index.json`, or a folder of one.
 
         Raises CheckpointError for anything that is not such a file, whole and consistent.
         """
@@ -108,8 +111,13 @@ class Checkpoint:
             return stream.read(info.nbytes)
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can."""
+        """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can.
+
+        Packed GGUF matrices come as raw bytes, see gguf_file.load().
+        """
         from safetensors import safe_open
+
+        from shared.quant import gguf_file
 
         wanted = list(self.tensors if names is None else names)
         by_file: dict[Path, list[str]] = {}
@@ -117,13 +125,21 @@ class Checkpoint:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         result: dict[str, Tensor] = {}
         for file, in_file in by_file.items():
+            if gguf_file.is_gguf(file):
+                result.update(gguf_file.load(self.tensors[name] for name in in_file))
+                continue
             with safe_open(str(file), framework="pt", device="cpu") as opened:
-                result.update((name, opened.get_tensor(name)) for name in in_file)
+                result.update((name, _readable(opened.get_tensor(name))) for name in in_file)
         return result
 
 
+def _readable(tensor: Tensor) -> Tensor:
+    """A copy where a number does not begin at a multiple of its size, as in mmgp's files: torch wants it to."""
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+
+
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, checked against its size.
+    """Tensors and metadata of one file, checked against its size.
 
     Raises CheckpointError saying what is wrong: a pickle, a truncated or foreign file, offsets that overlap, leave
     gaps or disagree with dtype and shape, a name listed twice.
@@ -132,6 +148,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with file.open("rb") as stream:
         start = stream.read(8)
         _refuse_foreign(file, start)
+        if start[:4] == b"GGUF":
+            from shared.quant import gguf_file
+
+            return gguf_file.read_header(file)
         if len(start) < 8:
             raise CheckpointError(f"{file}: only {size} bytes, too short for a safetensors file.", "Download it again.")
         (length,) = struct.unpack("<Q", start)
@@ -158,13 +178,10 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 def _refuse_foreign(file: Path, start: bytes) -> None:
     if file.suffix.lower() in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
         raise CheckpointError(f"{file}: a Python pickle (or zip) file.", _PICKLE_HINT)
-    if start[:4] == b"GGUF":
-        raise CheckpointError(
-            f"{file}: a GGUF file, which this version does not read.",
-            "Use the bf16 .safetensors file of the same model.",
-        )
     if start[:4] in (b"<!DO", b"<htm", b"<HTM") or start.startswith(b"version "):
         raise CheckpointError(f"{file}: a web page or a Git LFS pointer, not weights.", "Download the file itself.")
+    if file.suffix.lower() == ".gguf" and start[:4] != b"GGUF":
+        raise CheckpointError(f"{file}: not a GGUF file, it begins with {start[:4]!r}.", "Download it again.")
 
 
 def _unique(pairs: list[tuple[str, Any]], file: Path) -> dict[str, Any]:
@@ -221,7 +238,7 @@ def _only_checkpoint_in(folder: Path) -> Path:
         return files[0]
     found = ", ".join(p.name for p in (indexes or files)[:5]) or "none"
     raise CheckpointError(
-        f"{folder}: expected one safetensors file or one index in the folder, found {found}.",
+        f"{folder}: expected one safetensors or GGUF file or one index in the folder, found {found}.",
         "Name the file itself.",
     )
 
