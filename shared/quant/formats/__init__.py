@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from shared.quant.packing import Packed
 
 # Asked in this order: formats with unmistakable tensors first, plain numbers last.
-_MODULES: tuple[str, ...] = ("gguf", "quanto_int8", "nvfp4", "mxfp8", "comfy_int8", "fp8_scaled", "fp8_plain")
+_MODULES: tuple[str, ...] = (
+    "gguf",
+    "quanto_int8",
+    "nvfp4",
+    "mxfp8",
+    "comfy_int8",
+    "fp8_scaled",
+    "bitsandbytes",
+    "fp8_plain",
+)
 
 PLAIN_DTYPES = ("F32", "F16", "BF16")
 
