@@ -66,8 +66,9 @@ _RELATIVES = (
 
 def find_prefix(names: Iterable[str]) -> str | None:
     """What precedes every transformer name in a file ("", "model.diffusion_model." ...); None: no transformer here."""
-    ends = [n[: -len(LANDMARK)] for n in names if n.endswith(LANDMARK)]
-    prefixes = [p for p in ends if p == "" or p.endswith(".")]
+    found = [n.split(LANDMARK) for n in names if LANDMARK in n]
+    # quanto keeps a weight in two tensors: ".weight._data" and ".weight._scale".
+    prefixes = [p for p, *_, rest in found if (p == "" or p.endswith(".")) and (rest == "" or rest.startswith("."))]
     return min(prefixes, key=len) if prefixes else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
@@ -124,13 +125,25 @@ def test_weights_of_the_right_type_and_layout_are_not_copied(
     assert {name.rsplit(".", 2)[1] for name in copied} == {"w13"}, "only w1 and w3 are two tensors in such a file"
 
 
-def test_header_config_says_what_shapes_do_not(tmp_path: Path, state: State) -> None:
-    config = TINY.as_diffusers() | {"axes_dims": [64, 32, 32], "rope_theta": 10000.0}
-    save_file(state, tmp_path / "m.safetensors", metadata={"config": json.dumps(config)})
+@pytest.mark.parametrize("packed", [False, True], ids=["text", "base64, as mmgp"])
+def test_header_config_says_what_shapes_do_not(tmp_path: Path, state: State, packed: bool) -> None:
+    text = json.dumps(TINY.as_diffusers() | {"axes_dims": [64, 32, 32], "rope_theta": 10000.0})
+    metadata = {"config_base64": base64.b64encode(text.encode()).decode()} if packed else {"config": text}
+    save_file(state, tmp_path / "m.safetensors", metadata=metadata)
 
     model = load_transformer(tmp_path / "m.safetensors", torch.float32)
 
     assert (model.config.axes_dims, model.config.rope_theta) == ((64, 32, 32), 10000.0)
+
+
+@pytest.mark.parametrize(
+    "metadata", [{"config": "{"}, {"config": "3"}, {"config": '{"axes_dims": [1, 2]}'}, {"config_base64": "%"}]
+)
+def test_unusable_header_configs_are_named(tmp_path: Path, state: State, metadata: dict[str, str]) -> None:
+    save_file(state, tmp_path / "odd.safetensors", metadata=metadata)
+
+    with pytest.raises(CheckpointError, match=r"odd\.safetensors: the config in its header is not usable"):
+        load_transformer(tmp_path / "odd.safetensors", torch.float32)
 
 
 def test_missing_extra_and_misshapen_tensors_are_listed_with_the_file(tmp_path: Path, state: State) -> None:
