@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # Asked in this order: formats with unmistakable tensors first, plain numbers last.
 _MODULES: tuple[str, ...] = (
+    "svdq",
     "gguf",
     "quanto_int8",
     "nvfp4",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from shared.quant.linear import PackedLinear
 
-_MODULES = ("dequantize",)
+_MODULES = ("svdq", "dequantize")
 ANY = "*"
 
 

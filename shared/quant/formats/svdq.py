@@ -1,0 +1,324 @@
+"""SVDQuant files of nunchaku: tensors laid out for the tensor cores of a GPU, put into natural order at load.
+
+    qweight             I8       (N, K/2)   4-bit codes, in tiles
+    wscales             BF16     (K/64, N)  int4: a scale for 64 columns, in tiles
+                     or F8_E4M3  (K/16, N)  fp4: a scale for 16 columns, in tiles; this type tells the two kinds apart
+    smooth_factor       BF16     (K,)       in tiles
+    smooth_factor_orig  BF16     (K,)       used by nobody, but nunchaku's loader insists on it
+    proj_down           BF16     (K, R)     low-rank branch, in tiles
+    proj_up             BF16     (N, R)     low-rank branch, in tiles
+    wtscale             a float  () or (1,) fp4, may be absent: a scale of the whole matrix
+    wcscales            BF16     (N,)       fp4, may be absent: a scale for each row, in tiles; for stacked matrices
+
+Modules (models/z_image/keys.py maps them): attention.to_qkv (q, k, v), attention.to_out.0, feed_forward.net.0.proj
+(w3's rows first, then w1's), feed_forward.net.2. What packings/svdq.py says of the numbers is not repeated here.
+
+The shapes of tiled tensors are nominal: element [i, j] is not row i, column j, and a slice of `wscales` is nonsense.
+Each layout is a view of many small axes, reordered. Read an axis list as digits of a position, most significant first:
+
+    codes, as 32-bit words of 8 consecutive columns (low nibble first, so that only whole words have to move):
+        file     n/128, k/64, n/16%8, n%8, k/8%4, n/8%2, k/32%2
+        natural  n/128, n/16%8, n/8%2, n%8,  k/64, k/32%2, k/8%4
+    scales of 16 bits, and vectors as one group g:
+        file     n/128, g, n/16%8, n/2%4, n/8%2, n%2
+    scales of 8 bits:
+        file     n/128, g/4, n%8, n/8%4, n/32%4, g%4
+    proj_up, holding up (N, R):
+        file     n/16, r/16, n%8, r/2%4, n/8%2, r/8%2, r%2
+    proj_down, holding down (R, K) under the nominal shape (K, R):
+        file     k/16, r/16, r%8, k/2%4, r/8%2, k/8%2, k%2
+
+Worked once: the code of row 13, column 50 in a matrix 128 x 128. Row 13 has the digits n/16%8 = 0, n/8%2 = 1,
+n%8 = 5; column 50 has k/64 = 0, k/32%2 = 1, k/8%4 = 2, and is number 2 of its word. In the file's order the digits
+0, 0, 0, 5, 2, 1, 1 of a number system with the sizes 1, 2, 8, 8, 4, 2, 2 are word ((5 * 4 + 2) * 2 + 1) * 2 + 1 = 91,
+so the code is the low nibble of byte 91 * 4 + 1 = 365.
+
+N and K must be multiples of 128, R of 16: nunchaku's tiles. Sources: formats.md 3; nunchaku's packer
+(nunchaku/lora/flux/packer.py), models/linear.py, merge_safetensors.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from shared.quant.errors import UserError
+from shared.quant.formats import Layer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shared.quant.packing import Packed
+    from shared.quant.packings.svdq import Kind
+
+NAME = "SVDQuant"
+SUFFIXES = frozenset(
+    ("qweight", "wscales", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up", "wtscale", "wcscales")
+)
+
+_REQUIRED = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
+_HALF = ("BF16", "F16")
+_GROUP: dict[Kind, int] = {"int4": 64, "fp4": 16}
+_TILE = 128  # rows and columns of codes
+_RANK_TILE = 16
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One of the layouts above: the digits of a natural (row, column), and the order in which a file ranks them.
+
+    rows, columns: sizes of the digits below the first, most significant first; the first digit takes the rest.
+    order: indices into (row digits, column digits), as they rank in the file.
+    """
+
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def to_file(self, natural: Tensor) -> Tensor:
+        """A matrix in natural order -> its elements in the file's order, flat."""
+        return natural.reshape(self._sizes(*natural.shape)).permute(self.order).reshape(-1)
+
+    def to_natural(self, stored: Tensor, rows: int, columns: int) -> Tensor:
+        """The file's elements, of whatever nominal shape -> the matrix (rows, columns), contiguous."""
+        sizes = self._sizes(rows, columns)
+        places = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return stored.reshape([sizes[i] for i in self.order]).permute(places).reshape(rows, columns)
+
+    def _sizes(self, rows: int, columns: int) -> Sequence[int]:
+        return (rows // prod(self.rows), *self.rows, columns // prod(self.columns), *self.columns)
+
+
+WORDS = Tiling(rows=(8, 2, 8), columns=(2, 4), order=(0, 4, 1, 3, 6, 2, 5))
+SCALES = Tiling(rows=(8, 2, 4, 2), columns=(), order=(0, 5, 1, 3, 2, 4))
+MICRO_SCALES = Tiling(rows=(4, 4, 8), columns=(4,), order=(0, 4, 3, 2, 1, 5))
+UP = Tiling(rows=(2, 8), columns=(2, 4, 2), order=(0, 3, 2, 5, 1, 4, 6))
+DOWN = Tiling(rows=(2, 8), columns=(2, 4, 2), order=(3, 0, 2, 5, 1, 4, 6))
+
+
+def claims(layer: Layer) -> bool:
+    # comfy-kitchen uses some of these names for untiled tensors, with a marker.
+    return "qweight" in layer.tensors and not layer.marker and bool(layer.tensors.keys() & {"proj_down", "proj_up"})
+
+
+def shape(layer: Layer) -> tuple[int, int]:
+    info = layer.tensors["qweight"]
+    if info.dtype != "I8" or len(info.shape) != 2:
+        raise layer.fail(f"qweight is {info.dtype} {list(info.shape)}, expected I8 of two axes.")
+    return info.shape[0], 2 * info.shape[1]
+
+
+def describe(layer: Layer) -> dict[str, Any]:
+    kind = _kind(layer)
+    return {"format": f"SVDQuant {kind}", "rank": layer.tensors["proj_down"].shape[-1], "group": _GROUP[kind]}
+
+
+def read(layer: Layer) -> Packed:
+    import torch
+
+    from shared.quant.packing import Packed
+    from shared.quant.packings.svdq import Svdq
+
+    kind, (rows, columns), rank = _check_header(layer)
+    tensors = dict(zip(_REQUIRED, layer.load(*_REQUIRED), strict=True))
+    words = tensors["qweight"].contiguous().view(torch.int32)
+    codes = WORDS.to_natural(words, rows, columns // 8).view(torch.uint8)
+    scales = unpack_scales(tensors["wscales"], rows, columns // _GROUP[kind])
+    smooth = unpack_scales(tensors["smooth_factor"], columns, 1).flatten()
+    row_scale = torch.ones(rows, 1)
+    if "wcscales" in layer.tensors:
+        row_scale *= unpack_scales(layer.load("wcscales")[0], rows, 1).float()
+    if "wtscale" in layer.tensors:
+        row_scale *= layer.load("wtscale")[0].float().reshape(1, 1)
+    packed = {
+        "codes": codes,
+        "scales": scales,
+        "row_scale": row_scale,
+        "smooth": smooth,
+        "down": DOWN.to_natural(tensors["proj_down"], rank, columns),
+        "up": UP.to_natural(tensors["proj_up"], rows, rank),
+    }
+    _check_numbers(layer, packed)
+    return Packed(Svdq(kind), (rows, columns), packed)
+
+
+def unpack_scales(stored: Tensor, rows: int, groups: int) -> Tensor:
+    """Tiled scales of 8 or 16 bits -> (rows, groups); a vector is one group."""
+    import torch
+
+    if stored.dtype == torch.float8_e4m3fn:
+        return MICRO_SCALES.to_natural(stored.view(torch.uint8), rows, groups).view(stored.dtype)
+    return SCALES.to_natural(stored, rows, groups)
+
+
+def _kind(layer: Layer) -> Kind:
+    """Which 4-bit numbers the codes are: what nunchaku goes by is the GPU, so only the scales' type tells."""
+    if "wscales" not in layer.tensors:
+        raise layer.fail("it has 4-bit codes but no wscales.", "The file is truncated; download it again.")
+    dtype = layer.tensors["wscales"].dtype
+    if dtype == "F8_E4M3":
+        return "fp4"
+    if dtype in _HALF:
+        return "int4"
+    raise layer.fail(f"wscales is {dtype}, expected BF16 or F16 (int4) or F8_E4M3 (fp4).")
+
+
+def _check_header(layer: Layer) -> tuple[Kind, tuple[int, int], int]:
+    """Kind, (rows, columns) and rank, once types and shapes of all tensors agree."""
+    kind = _kind(layer)
+    missing = [suffix for suffix in _REQUIRED if suffix not in layer.tensors]
+    if missing:
+        raise layer.fail(f"has no {', '.join(missing)}.", "The file is truncated; download it again.")
+    rows, columns = shape(layer)
+    if rows % _TILE or columns % _TILE or not rows or not columns:
+        raise layer.fail(f"its weight is {rows} x {columns}, but nunchaku's tiles are {_TILE} x {_TILE}.")
+    down = layer.tensors["proj_down"].shape
+    rank = down[-1] if len(down) == 2 else 0
+    if not rank or rank % _RANK_TILE:
+        raise layer.fail(f"proj_down is {list(down)}, expected [{columns}, rank], the rank a multiple of {_RANK_TILE}.")
+    expected: dict[str, tuple[int, ...]] = {
+        "wscales": (columns // _GROUP[kind], rows),
+        "smooth_factor": (columns,),
+        "proj_down": (columns, rank),
+        "proj_up": (rows, rank),
+        "wcscales": (rows,),
+    }
+    for suffix, wanted in expected.items():
+        info = layer.tensors.get(suffix)
+        if info is None:
+            continue
+        if info.shape != wanted:
+            of = f"{kind} of {rows} x {columns}, rank {rank}"
+            raise layer.fail(f"{suffix} is {list(info.shape)}, expected {list(wanted)} for {of}.")
+        if suffix != "wscales" and info.dtype not in _HALF:
+            raise layer.fail(f"{suffix} is {info.dtype}, expected BF16 or F16.")
+    scalar = layer.tensors.get("wtscale")
+    if scalar is not None and (scalar.numel != 1 or scalar.dtype not in (*_HALF, "F32")):
+        raise layer.fail(f"wtscale is {scalar.dtype} {list(scalar.shape)}, expected one BF16, F16 or F32.")
+    if "bias" in layer.tensors:
+        # It would be in tiles too. No Z-Image layer that nunchaku packs has one.
+        raise layer.fail("has a bias, which this version does not read beside packed weights.", "Use another file.")
+    return kind, (rows, columns), rank
+
+
+def _check_numbers(layer: Layer, packed: Mapping[str, Tensor]) -> None:
+    import torch
+
+    wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
+    for name, tensor in packed.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise layer.fail(f"its {name} holds NaN or infinity.", wrong)
+    for name in ("smooth", "row_scale"):
+        if not packed[name].all():
+            raise layer.fail(f"its {name} holds zeros.", wrong)
+    unscaled = packed["scales"].float() == 0
+    if unscaled.any():
+        # fp4 has two zeros, 0 and -0.
+        magnitude = 0x77 if packed["scales"].dtype == torch.float8_e4m3fn else 0xFF
+        used = (packed["codes"] & magnitude).unflatten(1, (unscaled.shape[1], -1)).any(dim=2)
+        lost = int((unscaled & used).sum())
+        if lost:
+            raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
+
+
+def quantize(
+    weight: Tensor,
+    *,
+    kind: Kind = "int4",
+    rank: int = 32,
+    smooth: Tensor | None = None,
+    iterations: int = 5,
+    parts: int = 1,
+) -> dict[str, Tensor]:
+    """A file's tensors, by suffix, for `weight` (rows, columns): contiguous, on the weight's device.
+
+    rank: rounded up to a multiple of 16. smooth: (columns,), positive; activations will be divided by it, so it is
+    large where they are. iterations: see svdquant.py. parts: matrices stacked in `weight`, each with its own scale in
+    fp4 (3 for to_qkv). Raises UserError for sizes that do not fit nunchaku's tiles, and for NaN.
+    """
+    from shared.quant.packing import Packed
+    from shared.quant.packings.svdq import Svdq
+    from shared.quant.svdquant import fit
+
+    rows, columns = weight.shape
+    if rows % _TILE or columns % _TILE:
+        raise UserError(
+            f"A weight of {rows} x {columns} cannot become SVDQuant, whose tiles are {_TILE} x {_TILE}.",
+            "Keep this layer in bf16.",
+        )
+    if not weight.isfinite().all():
+        raise UserError("The weight to be quantized holds NaN or infinity.", "Download the source file again.")
+    if smooth is not None and (smooth.shape != (columns,) or not (smooth.isfinite() & (smooth > 0)).all()):
+        raise UserError(f"Smoothing of a weight of {columns} columns takes that many positive numbers.")
+    tensors = fit(
+        weight,
+        kind=kind,
+        rank=_padded(rank),
+        group=_GROUP[kind],
+        smooth=smooth,
+        iterations=iterations,
+        parts=parts,
+    )
+    return pack(Packed(Svdq(kind), (rows, columns), tensors))
+
+
+def pack(packed: Packed) -> dict[str, Tensor]:
+    """The file's tensors, by suffix: the inverse of read()."""
+    import torch
+
+    rows, columns = packed.shape
+    tensors = packed.tensors
+    words = tensors["codes"].contiguous().view(torch.int32)
+    scales = tensors["scales"]
+    if scales.dtype == torch.float8_e4m3fn:
+        tiled = MICRO_SCALES.to_file(scales.view(torch.uint8)).view(scales.dtype)
+    else:
+        tiled = SCALES.to_file(scales)
+    smooth = SCALES.to_file(tensors["smooth"][:, None])
+    down = tensors["down"]
+    result = {
+        "qweight": WORDS.to_file(words).view(torch.int8).view(rows, columns // 2),
+        "wscales": tiled.view(scales.shape[1], rows),
+        "smooth_factor": smooth,
+        "smooth_factor_orig": smooth.clone(),
+        "proj_down": DOWN.to_file(down).view(columns, len(down)),
+        "proj_up": UP.to_file(tensors["up"]).view(rows, len(down)),
+    }
+    row_scale = tensors["row_scale"].to(smooth.dtype)
+    if (row_scale == row_scale[0]).all():
+        if row_scale[0] != 1:
+            result["wtscale"] = row_scale[0, 0].clone()
+    else:
+        result["wcscales"] = SCALES.to_file(row_scale)
+    return result
+
+
+def header(config: Mapping[str, Any], *, kind: Kind, rank: int, skip_refiners: bool = False) -> dict[str, str]:
+    """The `__metadata__` that nunchaku's loader wants: config of the diffusers model, kind, rank.
+
+    skip_refiners: whether the refiners' layers are plain, named as nunchaku's loader expects them: attention.to_q,
+    to_k, to_v, to_out.0 and, all the same, feed_forward.net.0.proj (w3's rows first) and net.2. The key `comfy_config`
+    of published files is left out: nunchaku's loader does not read it.
+    Source: nunchaku's merge_safetensors.py and models/transformers/transformer_zimage.py.
+    """
+    fp4 = kind == "fp4"
+    numbers = {"dtype": "fp4_e2m1_all" if fp4 else "int4", "group_size": _GROUP[kind]}
+    quantization = {
+        "method": "svdquant",
+        "weight": {**numbers, "scale_dtype": [None, "fp8_e4m3_nan"] if fp4 else None},
+        "activation": {**numbers, "scale_dtype": "fp8_e4m3_nan" if fp4 else None},
+        "rank": _padded(rank),
+        "skip_refiners": skip_refiners,
+    }
+    return {
+        "model_class": "NunchakuZImageTransformer2DModel",
+        "config": json.dumps(dict(config)),
+        "quantization_config": json.dumps(quantization),
+    }
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _RANK_TILE) * _RANK_TILE
