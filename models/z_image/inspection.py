@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from models.z_image.config import config_from_shapes
-from models.z_image.keys import find_prefix, is_dropped, relative_of, slot_of, split_parameter
+from models.z_image.keys import find_prefix, relative_of
+from models.z_image.loader import plan_layers, read_config
 from shared.quant.checkpoint import Checkpoint, TensorInfo
-
-# Marker in a tensor's name or type -> how its numbers are packed (formats.md sections 2 to 5).
-_PACKED_NAMES = (
-    (".qweight", "SVDQ (nunchaku)"),
-    (".weight._data", "quanto int8"),
-    (".weight_scale_2", "NVFP4"),
-    (".comfy_quant", "comfy_quant"),
-    (".scale_weight", "FP8 scaled"),
-    (".weight_scale", "scaled"),
-)
+from shared.quant.errors import CheckpointError
+from shared.quant.formats import Layer, format_of, layers_of
 
 _RELATED = {
     "control_all_x_embedder.2-1.weight": "Z-Image Fun ControlNet",
@@ -30,67 +22,87 @@ _RELATED = {
 def describe(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the file is if it belongs to this family, else None.
 
-    Keys: kind (transformer, control, text_encoder, vae, lora or checkpoint for all in one), summary, naming, prefix,
-    sizes, formats (number type -> tensors), packing, problems.
+    Keys: kind (transformer, control, text_encoder, vae, lora, or checkpoint for all in one), summary, naming, prefix,
+    sizes, formats (how the weights are kept -> layers; plain number types too), problems.
     """
-    names = checkpoint.tensors
     for judge in (_transformer, _control, _lora, _text_encoder, _vae):
-        found = judge(names)
+        found = judge(checkpoint)
         if found is not None:
             return found
     return None
 
 
-def _transformer(tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def _transformer(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    tensors = checkpoint.tensors
     prefix = find_prefix(tensors)
     if prefix is None:
         return None
-    own = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
     parts = [role for role, mark in (("text encoder", "text_encoders."), ("VAE", "vae.")) if _any(tensors, mark)]
-    packing = sorted({words for n in own for mark, words in _PACKED_NAMES if n.endswith(mark)})
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in own.items():
-        module, parameter = split_parameter(name)
-        shapes.setdefault(slot_of(module).module + parameter, tensor.shape)
-    problems = []
+    plan = plan_layers(checkpoint)
+    formats, problems = _formats(part.layer for places in plan.values() for part in places)
     sizes: dict[str, Any] = {}
-    try:
-        config = config_from_shapes(shapes)
-        sizes = {f.name: getattr(config, f.name) for f in fields(config)}
-    except (KeyError, ValueError, ZeroDivisionError) as error:
-        if not packing:
-            problems.append(f"sizes cannot be read: {error} is missing")
-    relative = relative_of(n for n in own if not is_dropped(n))
+    if not problems:
+        try:
+            config = read_config(checkpoint, plan)
+            sizes = {f.name: getattr(config, f.name) for f in fields(config)}
+        except CheckpointError as error:
+            problems.append(error.message)
+    relative = relative_of(n[len(prefix) :] for n in tensors if n.startswith(prefix))
     published = sizes.get("dim") == 3840 and sizes.get("n_layers") == 30
     return {
         "kind": "checkpoint" if parts and prefix else "transformer",
         "summary": "Z-Image transformer" + (" (6B)" if published else "") + (f", {relative}" if relative else ""),
-        "naming": "diffusers" if f"{prefix}layers.0.attention.to_q.weight" in tensors else "official",
+        "naming": "diffusers" if any(n.endswith("layers.0.attention.norm_q.weight") for n in tensors) else "official",
         "prefix": prefix,
         "contains": ["transformer", *parts],
         "sizes": sizes,
-        "formats": dict(Counter(t.dtype for t in own.values())),
-        "packing": packing,
+        "formats": formats,
         "problems": problems,
     }
 
 
-def _control(tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def _formats(layers: Iterable[Layer]) -> tuple[dict[str, int], list[str]]:
+    """How many layers are kept how ("SVDQ int4, rank 128", "BF16"), and what is wrong with those that are unclear."""
+    counts: Counter[str] = Counter()
+    problems: list[str] = []
+    for layer in layers:
+        try:
+            packed = format_of(layer)
+            counts[_words(packed.describe(layer)) if packed else _plain_type(layer)] += 1
+        except CheckpointError as error:
+            if len(problems) < 5:
+                problems.append(error.message)
+    return dict(counts.most_common()), problems
+
+
+def _words(description: Mapping[str, Any]) -> str:
+    rank = description.get("rank")
+    return f"{description['format']}, rank {rank}" if rank else str(description["format"])
+
+
+def _plain_type(layer: Layer) -> str:
+    info = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
+    return info.dtype
+
+
+def _control(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    tensors = checkpoint.tensors
     for mark, words in _RELATED.items():
         if mark in tensors:
             layers = {n.split(".")[1] for n in tensors if n.startswith("control_layers.")}
-            return _plain(tensors, "control", words, sizes={"control_layers": len(layers)})
+            return _plain(checkpoint, "control", words, sizes={"control_layers": len(layers)})
     return None
 
 
-def _lora(tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    tensors = checkpoint.tensors
     kinds = {".lora_": "LoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
     kind = next((words for mark, words in kinds.items() if any(mark in n for n in tensors)), None)
     ours = any("adaLN_modulation" in n or "context_refiner" in n or _layer_of_ours(n) for n in tensors)
     if kind is None or not ours:
         return None
     ranks = {t.shape[0] for n, t in tensors.items() if (".lora_A." in n or ".lora_down." in n) and len(t.shape) == 2}
-    return _plain(tensors, "lora", f"Z-Image {kind}", sizes={"ranks": sorted(ranks)})
+    return _plain(checkpoint, "lora", f"Z-Image {kind}", sizes={"ranks": sorted(ranks)})
 
 
 def _layer_of_ours(name: str) -> bool:
@@ -98,30 +110,30 @@ def _layer_of_ours(name: str) -> bool:
     return "_attention_" in flat and "layers_" in flat and ("to_q" in flat or "qkv" in flat or "attention_out" in flat)
 
 
-def _text_encoder(tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def _text_encoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    tensors = checkpoint.tensors
     embedding = next((t for n, t in tensors.items() if n.endswith("embed_tokens.weight")), None)
     if embedding is None or not any(n.endswith("layers.0.self_attn.q_norm.weight") for n in tensors):
         return None
     layers = {n.split("layers.")[1].split(".")[0] for n in tensors if "layers." in n}
     sizes = {"vocabulary": embedding.shape[0], "hidden": embedding.shape[-1], "layers": len(layers)}
     fits = ", the size Z-Image uses" if embedding.shape[-1] == 2560 and len(layers) == 36 else ""
-    return _plain(tensors, "text_encoder", f"Qwen3 text encoder{fits}", sizes=sizes)
+    return _plain(checkpoint, "text_encoder", f"Qwen3 text encoder{fits}", sizes=sizes)
 
 
-def _vae(tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def _vae(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    tensors = checkpoint.tensors
     conv = tensors.get("decoder.conv_in.weight")
     if conv is None or "encoder.conv_in.weight" not in tensors:
         return None
     naming = "diffusers" if "decoder.up_blocks.0.resnets.0.conv1.weight" in tensors else "ldm"
     sizes = {"latent_channels": conv.shape[1]}
-    return _plain(tensors, "vae", f"AutoencoderKL, {naming} naming", sizes=sizes) | {"naming": naming}
+    return _plain(checkpoint, "vae", f"AutoencoderKL, {naming} naming", sizes=sizes) | {"naming": naming}
 
 
-def _plain(tensors: Mapping[str, TensorInfo], kind: str, summary: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    packing = sorted({words for n in tensors for mark, words in _PACKED_NAMES if n.endswith(mark)})
-    formats = dict(Counter(t.dtype for t in tensors.values()))
-    return {"kind": kind, "summary": summary, "sizes": dict(sizes), "formats": formats, "packing": packing,
-            "problems": []}  # fmt: skip
+def _plain(checkpoint: Checkpoint, kind: str, summary: str, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    formats, problems = _formats(layers_of(checkpoint, checkpoint.tensors).values())
+    return {"kind": kind, "summary": summary, "sizes": dict(sizes), "formats": formats, "problems": problems}
 
 
 def _any(tensors: Mapping[str, TensorInfo], prefix: str) -> bool:

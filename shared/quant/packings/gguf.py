@@ -129,7 +129,8 @@ def _fields(packed: Tensor, bits: int, run: int) -> Tensor:
     """Split bytes into fields of `bits`, (n, numbers): of each run of bytes first all lowest fields, then the next."""
     n = packed.shape[0]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(1, 1, -1, 1)
-    return ((packed.reshape(n, -1, 1, run) >> shifts) & (2**bits - 1)).reshape(n, -1)
+    fields: Tensor = (packed.reshape(n, -1, 1, run) >> shifts) & (2**bits - 1)
+    return fields.reshape(n, -1)
 
 
 def _bit_string(packed: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers import Qwen3Config, Qwen3Model
 
 from models.z_image.loader import load_transformer
 from models.z_image.text_encoder import load_text_encoder
+from shared.app.inspection import inspect_path
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError
 from shared.quant.linear import PackedLinear
@@ -211,3 +212,19 @@ def test_a_qwen3_of_llama_cpp_is_the_encoder_of_its_unpacked_weights(
     with torch.no_grad():
         features, reference = ours(input_ids=ids).last_hidden_state, expected(input_ids=ids).last_hidden_state
     assert relative_error(features, reference) <= 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_gguf_files_say_what_they_are(tmp_path: Path, state: State, encoder_state: State) -> None:
+    (tmp_path / "encoder").mkdir()
+    transformer, _ = write_pair(tmp_path, state, city96("Q4_K"))
+    encoder, _ = write_pair(tmp_path / "encoder", llama_names(encoder_state), city96("Q8_0"), "qwen3")
+
+    (found,) = inspect_path(transformer, {"z_image": None})
+    assert (found["kind"], found["naming"], found["packing"]) == ("transformer", "official", ["GGUF Q4_K", "GGUF Q8_0"])
+    assert found["sizes"]["dim"] == TINY.dim
+    assert found["metadata"] == {"general.architecture": "lumina2"}
+    (found,) = inspect_path(encoder, {"z_image": None})
+    assert (found["kind"], found["sizes"]) == ("text_encoder", {"vocabulary": 40, "hidden": 256, "layers": 3})
