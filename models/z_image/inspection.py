@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -12,6 +13,10 @@ from models.z_image.loader import plan_layers, read_config
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError
 from shared.quant.formats import Layer, format_of, layers_of
+
+# Names of transformers and of llama.cpp. Of the models that carry them, only Qwen3 normalises queries per head.
+_QWEN3_MARKS = ("layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
+_QWEN3_LAYER = re.compile(r"(?:layers|blk)\.(\d+)\.")
 
 _RELATED = {
     "control_all_x_embedder.2-1.weight": "Z-Image Fun ControlNet",
@@ -112,10 +117,10 @@ def _layer_of_ours(name: str) -> bool:
 
 def _text_encoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
     tensors = checkpoint.tensors
-    embedding = next((t for n, t in tensors.items() if n.endswith("embed_tokens.weight")), None)
-    if embedding is None or not any(n.endswith("layers.0.self_attn.q_norm.weight") for n in tensors):
+    embedding = next((t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "token_embd.weight"))), None)
+    if embedding is None or not any(n.endswith(_QWEN3_MARKS) for n in tensors):
         return None
-    layers = {n.split("layers.")[1].split(".")[0] for n in tensors if "layers." in n}
+    layers = {m[1] for n in tensors if (m := _QWEN3_LAYER.search(n))}
     sizes = {"vocabulary": embedding.shape[0], "hidden": embedding.shape[-1], "layers": len(layers)}
     fits = ", the size Z-Image uses" if embedding.shape[-1] == 2560 and len(layers) == 36 else ""
     return _plain(checkpoint, "text_encoder", f"Qwen3 text encoder{fits}", sizes=sizes)

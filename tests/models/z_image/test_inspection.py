@@ -15,6 +15,7 @@ from models.z_image.inspection import describe
 from shared.app.inspection import inspect_path
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
+from shared.quant.formats import fp8_scaled, nvfp4
 from tests.support.tiny_model import TINY
 
 FAMILIES = {"z_image": None}
@@ -23,10 +24,33 @@ FAMILIES = {"z_image": None}
 def test_a_transformer_tells_its_sizes(model_folder: Path) -> None:
     (found,) = inspect_path(model_folder / "transformer.safetensors", FAMILIES)
 
-    assert (found["kind"], found["naming"], found["formats"]) == ("transformer", "diffusers", {"F32": found["tensors"]})
+    assert (found["kind"], found["naming"], list(found["formats"])) == ("transformer", "diffusers", ["F32"])
     assert (found["sizes"]["dim"], found["sizes"]["n_layers"]) == (TINY.dim, TINY.n_layers)
     assert found["parameters"] * 4 == found["bytes"]
     assert not found["problems"]
+
+
+def test_packed_layers_are_counted_by_how_they_are_kept(model_folder: Path, tmp_path: Path) -> None:
+    state = load_file(model_folder / "transformer.safetensors")
+    for module, packer in (("layers.0", nvfp4), ("layers.1", fp8_scaled)):
+        weight = state.pop(f"{module}.feed_forward.w2.weight")
+        state |= {f"{module}.feed_forward.w2.{suffix}": t for suffix, t in packer.quantize(weight).items()}
+    save_file(state, tmp_path / "mixed.safetensors")
+
+    (found,) = inspect_path(tmp_path / "mixed.safetensors", FAMILIES)
+
+    assert found["formats"] == {"F32": 62, "nvfp4": 1, "FP8 scaled e4m3fn": 1}
+    assert found["sizes"]["ffn_dim"] == TINY.ffn_dim
+
+
+def test_an_unknown_packing_is_a_problem_and_not_a_crash(model_folder: Path, tmp_path: Path) -> None:
+    state = load_file(model_folder / "transformer.safetensors")
+    state["layers.0.feed_forward.w2.weight"] = torch.zeros(7, dtype=torch.int16)
+    save_file(state, tmp_path / "odd.safetensors")
+
+    (found,) = inspect_path(tmp_path / "odd.safetensors", FAMILIES)
+
+    assert "layers.0.feed_forward.w2 is packed in a way this version does not know" in found["problems"][0]
 
 
 def test_every_part_of_a_folder_is_listed(model_folder: Path) -> None:
