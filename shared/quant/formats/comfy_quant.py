@@ -102,4 +102,4 @@ def blocks_of(weight: Tensor, block: int) -> Tensor:
         raise UserError("A weight that holds NaN or infinity cannot be quantized.", "Its file is damaged.")
     rows, columns = weight.shape
     padded = functional.pad(weight.float(), (0, -columns % block, 0, -rows % block))
-    return padded.unflatten(1, (-1, block))
+    return padded.reshape(padded.shape[0], -1, block)
