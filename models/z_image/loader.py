@@ -31,6 +31,7 @@ def plan_layers(checkpoint: Checkpoint) -> Plan:
             f"{checkpoint.path}: no Z-Image transformer in this file (its tensors begin with {first}).",
             "`wgp.py inspect FILE` says what it looks like.",
         )
+    checkpoint = with_split_qkv(checkpoint)
     names = [n for n in checkpoint.tensors if n.startswith(prefix) and not is_dropped(n[len(prefix) :])]
     plan: Plan = {}
     for module, layer in layers_of(checkpoint, names).items():
@@ -76,7 +77,7 @@ def load_transformer(
             f"{files[1]}: module files (ControlNet) cannot be loaded by this version.",
             "Choose a preset without modules.",
         )
-    checkpoint = with_split_qkv(Checkpoint.open(files[0]))
+    checkpoint = Checkpoint.open(files[0])
     plan = plan_layers(checkpoint)
     config = read_config(checkpoint, plan)
     with torch.device("meta"):

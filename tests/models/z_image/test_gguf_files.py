@@ -223,7 +223,8 @@ def test_gguf_files_say_what_they_are(tmp_path: Path, state: State, encoder_stat
     encoder, _ = write_pair(tmp_path / "encoder", llama_names(encoder_state), city96("Q8_0"), "qwen3")
 
     (found,) = inspect_path(transformer, {"z_image": None})
-    assert (found["kind"], found["naming"], found["packing"]) == ("transformer", "official", ["GGUF Q4_K", "GGUF Q8_0"])
+    assert (found["kind"], found["naming"], found["problems"]) == ("transformer", "official", [])
+    assert {"GGUF Q4_K", "GGUF Q8_0", "BF16", "F32"} <= found["formats"].keys()
     assert found["sizes"]["dim"] == TINY.dim
     assert found["metadata"] == {"general.architecture": "lumina2"}
     (found,) = inspect_path(encoder, {"z_image": None})
