@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from shared.quant.packing import Packed
     from shared.quant.packings.svdq import Kind
 
-NAME = "SVDQuant"
+NAME = "SVDQ"
 SUFFIXES = frozenset(
     ("qweight", "wscales", "smooth_factor", "smooth_factor_orig", "proj_down", "proj_up", "wtscale", "wcscales")
 )
@@ -112,8 +112,8 @@ def shape(layer: Layer) -> tuple[int, int]:
 
 
 def describe(layer: Layer) -> dict[str, Any]:
-    kind = _kind(layer)
-    return {"format": f"SVDQuant {kind}", "rank": layer.tensors["proj_down"].shape[-1], "group": _GROUP[kind]}
+    kind, _, rank = _check_header(layer)
+    return {"format": f"{NAME} {kind}", "rank": rank, "group": _GROUP[kind]}
 
 
 def read(layer: Layer) -> Packed:
