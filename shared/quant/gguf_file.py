@@ -450,9 +450,12 @@ def _no_dtype() -> Any:
 def _bytes_of(name: str, source: Source) -> Any:
     import torch
 
-    data = source.load().detach().cpu().contiguous().view(torch.uint8).numpy()
-    if data.nbytes != source.nbytes:
+    tensor = source.load().detach()
+    expected = torch.uint8 if source.dtype.startswith(PREFIX) else _torch_types()[source.dtype]
+    data = tensor.cpu().contiguous().view(torch.uint8).numpy()
+    if tensor.dtype != expected or data.nbytes != source.nbytes:
         raise ValueError(
-            f"{name}: {data.nbytes:,} bytes came, {source.dtype} {list(source.shape)} has {source.nbytes:,}"
+            f"{name}: {tensor.dtype} of {data.nbytes:,} bytes came, "
+            f"{source.dtype} {list(source.shape)} is {expected} of {source.nbytes:,}"
         )
     return data

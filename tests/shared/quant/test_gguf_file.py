@@ -364,7 +364,10 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
         pytest.param(gguf_file.Source("GGUF_Q9", (4, 32), lambda: torch.ones(1)), "GGUF_Q9 is no type", id="type"),
         pytest.param(gguf_file.Source("GGUF_F32", (4, 32), lambda: torch.ones(1)), "GGUF_F32 is no type", id="plain"),
         pytest.param(gguf_file.Source("GGUF_Q8_0", (4, 33), lambda: torch.ones(1)), "rows of a multiple", id="columns"),
-        pytest.param(gguf_file.Source("F32", (4, 32), lambda: torch.ones(1)), "4 bytes came", id="another size"),
+        pytest.param(gguf_file.Source("F32", (4, 32), lambda: torch.ones(1)), "of 4 bytes came", id="another size"),
+        pytest.param(
+            gguf_file.Source("F16", (4,), lambda: torch.ones(4).bfloat16()), "torch.bfloat16 of 8 bytes came", id="bf16"
+        ),
     ],
 )
 def test_what_no_gguf_file_holds_is_refused_and_nothing_is_left(tmp_path: Path, tensor: object, says: str) -> None:
