@@ -20,7 +20,7 @@ from shared.quant.errors import CheckpointError
 from shared.quant.formats import mxfp8, nvfp4
 from shared.quant.linear import JoinedLinear, PackedLinear
 from shared.quant.recipe import Recipe
-from tests.support.packed_model import assert_same_network, forward, linears_of, official_names
+from tests.support.packed_model import assert_same_network, linears_of, official_names
 from tests.support.tiny_model import relative_error
 
 State = dict[str, torch.Tensor]
@@ -156,15 +156,14 @@ def test_the_error_correction_lora_takes_error_out_of_its_file(tmp_path: Path, s
         return relative_error(layer(ones), original(ones))
 
     fused = ("layers.0.attention.qkv", "layers.0.feed_forward.w13", "context_refiner.0.attention.out")
-    before, output_before = [weight_error(m) for m in fused], relative_error(forward(model), forward(exact))
+    before = [weight_error(m) for m in fused]
     (match,) = lora.apply(model, [lora.read(tmp_path / "m_lora.safetensors")], [1.0])
-    after, output_after = [weight_error(m) for m in fused], relative_error(forward(model), forward(exact))
+    after = [weight_error(m) for m in fused]
 
     assert match.matched == len(corrected) and not match.unmatched
     assert all(0.09 < b < 0.1 for b in before)
     # Rank 32 of a matrix 384 wide: noise has its energy spread evenly, so about a tenth of the error goes.
     assert all(a < 0.95 * b for a, b in zip(after, before, strict=True))
-    assert output_after < output_before
 
 
 @pytest.mark.parametrize(
