@@ -17,7 +17,7 @@ where the untiled decode holds all of it and the convolution's workspace on the 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared.quant.checkpoint import Checkpoint
-from shared.quant.errors import CheckpointError, LayerMismatchError
+from models.z_image.vae_names import diffusers_names
+from shared.quant.checkpoint import Checkpoint, TensorInfo
+from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
+from shared.quant.formats import PLAIN_DTYPES
 
 # diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
@@ -40,7 +42,7 @@ NORM_GROUPS = 32
 
 
 def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
-    """Build AutoencoderKL from a diffusers-named checkpoint, in `dtype` on the CPU, ready to run.
+    """Build AutoencoderKL from a checkpoint in diffusers or ldm naming, in `dtype` on the CPU, ready to run.
 
     Sizes come from tensor shapes; scaling, shift and norm groups from a JSON beside the file (`config.json`, or
     `<name>_config.json` as Wan2GP ships it), else the published Z-Image values. Raises LayerMismatchError.
@@ -49,20 +51,27 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
     from diffusers import AutoencoderKL
 
     checkpoint = Checkpoint.open(path)
-    config = _sizes(checkpoint) | _given_config(checkpoint)
+    tensors = {name: checkpoint.tensors[given] for name, given in diffusers_names(checkpoint.tensors).items()}
+    config = _sizes(checkpoint, tensors) | _given_config(checkpoint)
     with init_empty_weights(include_buffers=False):
         model = AutoencoderKL(**config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    wrong = [n for n, shape in expected.items() if n not in checkpoint.tensors or checkpoint.tensors[n].shape != shape]
-    extra = [n for n in checkpoint.tensors if n not in expected]
+    wrong = [n for n, shape in expected.items() if n not in tensors or not _fits(tensors[n].shape, shape)]
+    extra = [info.name for n, info in tensors.items() if n not in expected]
     if wrong or extra:
         raise LayerMismatchError(
             f"{checkpoint.path}: does not fit an AutoencoderKL: {len(wrong)} tensors missing or of another shape "
             f"({', '.join(wrong[:5])}), {len(extra)} unexpected ({', '.join(extra[:5])}).",
-            "Use the diffusers-named VAE (ZImageTurbo_VAE_bf16.safetensors).",
+            "`wgp.py inspect FILE` says what it looks like.",
         )
-    for name in expected:
-        weight = checkpoint.load([name])[name].to(dtype)
+    packed = [info.name for info in tensors.values() if info.dtype not in PLAIN_DTYPES]
+    if packed:
+        raise UnknownFormatError(
+            f"{checkpoint.path}: {len(packed)} VAE tensors are packed (first: {packed[0]}).", "Use a bf16 or fp32 VAE."
+        )
+    for name, shape in expected.items():
+        given = tensors[name].name
+        weight = checkpoint.load([given])[given].reshape(shape).to(dtype)
         owner, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
     # mmgp casts float32 weights to bfloat16 unless a model says what it is to stay in.
@@ -196,8 +205,13 @@ def _given_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return {}
 
 
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal, or ldm's 1x1 convolution where diffusers has a matrix."""
+    return found == expected or (found[2:] == (1, 1) and found[:2] == expected)
+
+
+def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    shapes = {name: info.shape for name, info in tensors.items()}
     try:
         blocks = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("encoder.down_blocks."))
         channels = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"][0] for i in range(blocks))
@@ -205,7 +219,7 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
         latent_channels = shapes["decoder.conv_in.weight"][1]
     except (KeyError, ValueError, IndexError) as error:
         raise LayerMismatchError(
-            f"{checkpoint.path}: not an AutoencoderKL in diffusers naming ({error}).",
+            f"{checkpoint.path}: not an AutoencoderKL ({error}).",
             "`wgp.py inspect FILE` says what it looks like.",
         ) from error
     return {

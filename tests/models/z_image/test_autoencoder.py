@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
@@ -80,6 +82,39 @@ def test_without_a_config_the_published_numbers_hold(tmp_path: Path) -> None:
         32,
     )
     assert next(vae.parameters()).dtype == torch.bfloat16
+
+
+def ldm(state: dict[str, torch.Tensor], last: int) -> dict[str, torch.Tensor]:
+    """A diffusers state dict under ldm's names, attention matrices as 1x1 convolutions."""
+    result = {}
+    for name, tensor in state.items():
+        if re.search(r"attentions\.0\.to_.*weight", name):
+            tensor = tensor[:, :, None, None]
+        name = re.sub(r"decoder\.up_blocks\.(\d)", lambda m: f"decoder.up.{last - int(m[1])}", name)
+        for theirs, ours in (
+            ("down_blocks", "down"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
+            ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"), ("resnets", "block"),
+            ("mid_block.attentions.0", "mid.attn_1"), ("group_norm", "norm"), ("to_out.0", "proj_out"),
+            ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("conv_norm_out", "norm_out"),
+            ("conv_shortcut", "nin_shortcut"),
+        ):  # fmt: skip
+            name = name.replace(theirs, ours)
+        result[name] = tensor.contiguous()
+    return result
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model."])
+def test_ldm_naming_gives_the_same_vae(model_folder: Path, tmp_path: Path, prefix: str) -> None:
+    state = load_file(model_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    theirs = ldm(state, last=3)
+    save_file({prefix + n: t for n, t in theirs.items()}, tmp_path / "ae.safetensors")
+    (tmp_path / "ae_config.json").write_text('{"scaling_factor": 0.4, "shift_factor": 0.2, "norm_num_groups": 4}')
+
+    vae = autoencoder.load_vae(tmp_path / "ae.safetensors", torch.float32)
+
+    converted = convert_ldm_vae_checkpoint(theirs, {"down_block_types": range(4), "up_block_types": range(4)})
+    assert converted.keys() == state.keys(), "the test's own ldm file is what diffusers takes for one"
+    assert all(torch.equal(vae.state_dict()[name], tensor) for name, tensor in state.items())
 
 
 def test_a_vae_with_a_missing_tensor_is_refused(model_folder: Path, tmp_path: Path) -> None:
