@@ -14,7 +14,9 @@ from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError
 from shared.quant.formats import Layer, format_of, layers_of
 
-# Names of transformers and of llama.cpp. Of the models that carry them, only Qwen3 normalises queries per head.
+# Names of transformers, quanto (whose table may be packed too) and llama.cpp.
+_EMBEDDING_MARKS = ("embed_tokens.weight", "embed_tokens.weight._data", "token_embd.weight")
+# Of the models that carry such names, only Qwen3 normalises queries per head.
 _QWEN3_MARKS = ("layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
 _QWEN3_LAYER = re.compile(r"(?:layers|blk)\.(\d+)\.")
 
@@ -117,7 +119,7 @@ def _layer_of_ours(name: str) -> bool:
 
 def _text_encoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
     tensors = checkpoint.tensors
-    embedding = next((t for n, t in tensors.items() if n.endswith(("embed_tokens.weight", "token_embd.weight"))), None)
+    embedding = next((t for n, t in tensors.items() if n.endswith(_EMBEDDING_MARKS)), None)
     if embedding is None or not any(n.endswith(_QWEN3_MARKS) for n in tensors):
         return None
     layers = {m[1] for n in tensors if (m := _QWEN3_LAYER.search(n))}

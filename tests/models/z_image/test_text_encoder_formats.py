@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import Qwen3ForCausalLM, Qwen3Model
 
+from models.z_image.inspection import describe
 from models.z_image.text_encoder import load_text_encoder
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
@@ -58,6 +59,9 @@ def test_mmgps_file_with_packed_embeddings_and_a_tied_head(
     written = Checkpoint.open(path)
     assert "model.embed_tokens.weight._data" in written.tensors
     assert "tied_weights_map_base64" in written.metadata, "says that lm_head.weight would be int8 codes"
+    found = describe(written)
+    assert found is not None
+    assert (found["kind"], found["sizes"]) == ("text_encoder", {"vocabulary": 300, "hidden": 64, "layers": 3})
     weights = {
         n: (p.dequantize() if isinstance(p, QTensor) else p.data).float()
         for n, p in model.named_parameters()
