@@ -9,6 +9,9 @@ max|W| / 448 lifts them to where the steps are relative. A bare cast has no scal
 
 One scale for the whole matrix stays one number (1, 1), which is what hardware products want; it is repeated by rows
 only when matrices with different ones are joined.
+
+Codes are kept as bytes: torch cannot put its float8 types on an Apple GPU at all, and takes them for floating point
+that a model's .to(bfloat16) may convert. Where a product wants float8, `codes.view(DTYPES[kind])` is free.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 @dataclass(frozen=True)
 class Float8:
-    """Tensors: `codes` (rows, columns) float8, and `scale` (1 or rows, groups) float32 unless it is 1 everywhere.
+    """Tensors: `codes` (rows, columns) uint8, and `scale` (1 or rows, groups) float32 unless it is 1 everywhere.
 
     kind: "e4m3fn" or "e5m2".
     """
@@ -40,8 +43,9 @@ class Float8:
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = tensors["codes"], tensors.get("scale")
         if scale is None:
-            return codes.to(dtype)
-        weight: Tensor = codes.float().unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)
+            return decode(codes, self.kind, dtype)
+        values = decode(codes, self.kind, torch.float32)
+        weight: Tensor = values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)
         return weight.flatten(1).to(dtype)
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
@@ -62,8 +66,23 @@ class Float8:
 def pack(codes: Tensor, scale: Tensor | None) -> Packed:
     """codes: (rows, columns) float8. scale: (1 or rows, groups) float, groups dividing columns; None for 1."""
     kind = next(k for k, dtype in DTYPES.items() if dtype == codes.dtype)
-    tensors = {"codes": codes} if scale is None else {"codes": codes, "scale": scale.float()}
+    tensors = {"codes": codes.view(torch.uint8)}
+    if scale is not None:
+        tensors["scale"] = scale.float()
     return Packed(Float8(kind), (codes.shape[0], codes.shape[1]), tensors)
+
+
+def decode(codes: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """What these bytes stand for, exactly: 16 bits hold every float8."""
+    if codes.device.type == "mps":
+        return look_up(codes, kind).to(dtype)
+    return codes.view(DTYPES[kind]).to(dtype)
+
+
+def look_up(codes: Tensor, kind: str) -> Tensor:
+    """decode() to float32 by a table, for devices that know no float8."""
+    table = torch.arange(256, dtype=torch.uint8).view(DTYPES[kind]).float()
+    return table.to(codes.device)[codes.int()]
 
 
 def cast(weight: Tensor, kind: str) -> Tensor:
