@@ -46,6 +46,26 @@ WAN2GP = {
             "flow_shift": 6.0,
         },
     },
+    "z_image_nunchaku_r256_int4": {
+        "architecture": "z_image",
+        "first_url": "https://huggingface.co/DeepBeepMeep/Z-Image/resolve/main/svdq-int4_r256-z-image-turbo.safetensors",
+        "settings": {
+            "resolution": "1024x1024",
+            "batch_size": 1,
+            "num_inference_steps": 8,
+            "guidance_scale": 0,
+        },
+    },
+    "z_image_nunchaku_r128_fp4": {
+        "architecture": "z_image",
+        "first_url": "https://huggingface.co/DeepBeepMeep/Z-Image/resolve/main/svdq-fp4_r128-z-image-turbo.safetensors",
+        "settings": {
+            "resolution": "1024x1024",
+            "batch_size": 1,
+            "num_inference_steps": 8,
+            "guidance_scale": 0,
+        },
+    },
 }
 
 
