@@ -72,12 +72,14 @@ def run(args: argparse.Namespace) -> int:
     if args.command == "inspect":
         return commands.inspect(args, args.families)
     ctx = AppContext.create(args, ROOT, args.families)
-    for problem in ctx.presets.problems:
+    for problem in ctx.presets.problems if args.command != "doctor" else ():  # its report has them
         print(problem, file=sys.stderr)
     if args.command == "generate":
         return commands.generate(ctx, args)
     if args.command == "presets":
         return commands.presets(ctx, args)
+    if args.command == "doctor":
+        return commands.doctor(ctx, args)
     print("Starting the page ...", file=sys.stderr)  # its imports take seconds
     from shared.ui.app import launch
 

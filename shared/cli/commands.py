@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shared.app.presets import Preset
     from shared.app.session import Event, GenerationResult, ImageDone
 
-DONE, INTERRUPTED = 0, 130
+DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
 _TEXT_WIDTH = 100
 
@@ -103,6 +103,22 @@ def inspect(args: argparse.Namespace, families: Families) -> int:
     else:
         print("\n\n".join(inspection_text(description) for description in found))
     return DONE
+
+
+def doctor(ctx: AppContext, args: argparse.Namespace) -> int:
+    """Say what this machine has and can do; exit code 1 when something is broken."""
+    from shared.app.doctor import examine
+    from shared.cli.doctor_report import print_report
+
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print to stdout as they please
+        if args.verbose:
+            print("Looking at this machine ...", file=sys.stderr)  # importing torch takes seconds
+        report = examine(ctx, self_test=not args.no_self_test)
+    if args.json:
+        _print_json(report.as_dict(), indent=2)
+    else:
+        print_report(report)
+    return DONE if report.usable else BROKEN
 
 
 def preset_dict(ctx: AppContext, preset: Preset) -> dict[str, Any]:

@@ -19,6 +19,7 @@ examples:
   wgp.py generate "a lighthouse at dusk" --preset z_image --resolution 1024x1024 --seed 7 --output lighthouse.png
   wgp.py presets
   wgp.py inspect some_checkpoint.safetensors
+  wgp.py doctor
 """
 
 
@@ -32,12 +33,14 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         parents=[_common_flags(families, lora_root)],
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="generate | presets | inspect", title="subcommands")
+    metavar = "generate | presets | inspect | doctor"
+    commands = parser.add_subparsers(dest="command", metavar=metavar, title="subcommands")
     common = _after_subcommand(_common_flags(families, lora_root))
     for name, help_text, add_arguments in (
         ("generate", "draw pictures", _add_generate),
         ("presets", "list the models that can be chosen", _add_presets),
         ("inspect", "say what a weights file is, from its tensors", _add_inspect),
+        ("doctor", "say what this machine can do, what is wrong, and which model to use", _add_doctor),
     ):
         add_arguments(commands.add_parser(name, help=help_text, parents=[common], allow_abbrev=False))
     return parser
@@ -187,6 +190,11 @@ def _add_presets(parser: argparse.ArgumentParser) -> None:
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="a .safetensors file, its index, or a folder holding one")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-self-test", action="store_true", help="draw no picture; answers in seconds")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 

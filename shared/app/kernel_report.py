@@ -1,0 +1,192 @@
+"""Which code would multiply each kind of packed weight on a device: asked of the kernel table, and tried once.
+
+For each way of packing, a small layer is quantized, read back and multiplied, so that a kernel that is chosen but does
+not run on this machine is found here and not in the middle of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from shared.quant.linear import PackedLinear
+    from shared.quant.packing import Packed
+
+SIZE = 128  # rows and columns of the layer that is tried: SVDQuant's tile, a multiple of all the others' blocks
+TOKENS = 16
+
+# A kernel may also round the activations to 4 bits, which costs about 15 % on random numbers. More is a wrong result.
+LARGEST_ERROR = 0.3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One kind of packed weight: what people call it, the module of formats/ that writes it, and how."""
+
+    label: str
+    format: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROBES = (
+    Probe(label="int8", format="comfy_int8"),
+    Probe(label="int8 ConvRot", format="comfy_int8", options={"rotation": 64}),
+    Probe(label="FP8 with scales", format="fp8_scaled"),
+    Probe(label="FP8 without scales", format="fp8_plain"),
+    Probe(label="MXFP8", format="mxfp8"),
+    Probe(label="NVFP4", format="nvfp4"),
+    Probe(label="SVDQuant INT4", format="svdq", options={"kind": "int4", "rank": 16}),
+    Probe(label="SVDQuant FP4", format="svdq", options={"kind": "fp4", "rank": 16}),
+    Probe(label="GGUF Q8_0", format="gguf", options={"type": "Q8_0"}),
+    Probe(label="GGUF Q4_0", format="gguf", options={"type": "Q4_0"}),
+    Probe(label="bitsandbytes nf4", format="bitsandbytes"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A kernel that does not serve a kind of weight here, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelChoice:
+    """What multiplies one kind of weight. kernel: "" when nothing does. compute: as in kernels.Kernel.
+
+    waiting: kernels that could do it too and come after the chosen one. error: relative error of a product against the
+    unpacked weight's, None where it could not be computed. problem: what is wrong, "" when nothing is.
+    """
+
+    label: str
+    packing: str
+    kernel: str
+    compute: str
+    refused: tuple[Refusal, ...]
+    waiting: tuple[str, ...]
+    error: float | None
+    problem: str
+
+    @property
+    def expands(self) -> bool:
+        """Whether the weight is unpacked for every product: that saves memory and no time."""
+        return self.compute == "bf16"
+
+
+def kernel_choices(device: torch.device, dtype: torch.dtype, probes: Sequence[Probe] = PROBES) -> list[KernelChoice]:
+    """One answer per probe on `device`, with activations in `dtype`. Never raises for what a kernel does wrong."""
+    import torch
+
+    weight = torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) * 0.02
+    with TemporaryDirectory() as folder:
+        return [_choice(probe, weight, device, dtype, Path(folder)) for probe in probes]
+
+
+def _choice(probe: Probe, weight: Tensor, device: torch.device, dtype: torch.dtype, folder: Path) -> KernelChoice:
+    from shared.quant.errors import UserError
+    from shared.quant.kernels import available
+    from shared.quant.linear import PackedLinear
+
+    try:
+        packed = _packed(probe, weight, folder)
+        layer = PackedLinear(packed, None, dtype).to(device)
+    # A library that is absent or damaged, no room for the temporary file, a device without the number type.
+    except (ImportError, OSError, RuntimeError, UserError) as fault:
+        return _unknown(probe, f"no such layer could be made ({_first_line(fault)})")
+    refused, usable = [], []
+    for kernel in available(layer.packing.name):
+        reason = kernel.refuse(layer, device)
+        if reason is None:
+            usable.append(kernel)
+        else:
+            refused.append(Refusal(kernel.name, reason))
+    error, problem = _try(layer, packed, device, dtype) if usable else (None, "no kernel takes it")
+    return KernelChoice(
+        label=probe.label,
+        packing=layer.packing.name,
+        kernel=usable[0].name if usable else "",
+        compute=usable[0].compute if usable else "",
+        refused=tuple(refused),
+        waiting=tuple(kernel.name for kernel in usable[1:]),
+        error=error,
+        problem=problem,
+    )
+
+
+def _unknown(probe: Probe, problem: str) -> KernelChoice:
+    return KernelChoice(
+        label=probe.label,
+        packing="",
+        kernel="",
+        compute="",
+        refused=(),
+        waiting=(),
+        error=None,
+        problem=problem,
+    )
+
+
+def _try(layer: PackedLinear, packed: Packed, device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """The relative error of a product on the device against the unpacked weight's in float32, and what is wrong."""
+    import torch
+
+    x = torch.randn(TOKENS, SIZE, generator=torch.Generator().manual_seed(1))
+    expected = x @ packed.dequantize(torch.float32).t()
+    try:
+        with torch.inference_mode():
+            got = layer(x.to(device, dtype)).float().cpu()
+    except (RuntimeError, ImportError, OSError, TypeError, NotImplementedError) as fault:  # how kernels fail
+        return None, f"the product fails ({_first_line(fault)})"
+    error = float((got - expected).norm() / expected.norm())
+    if not error <= LARGEST_ERROR:  # NaN too
+        return None if error != error else error, f"the product is wrong (relative error {error:.2g})"
+    return error, ""
+
+
+def _packed(probe: Probe, weight: Tensor, folder: Path) -> Packed:
+    """`weight` in the probe's packing: written as a file of that format and read back, where a file is needed."""
+    import torch
+
+    if probe.format == "bitsandbytes":  # read only: there is nothing here that writes it
+        from shared.quant.packing import Packed
+        from shared.quant.packings.bitsandbytes import TableBlocks
+
+        codes = torch.arange(SIZE * SIZE // 2).to(torch.uint8).view(SIZE, SIZE // 2)
+        tensors = {"codes": codes, "absmax": torch.ones(SIZE, SIZE // 64), "table": torch.linspace(-1, 1, 16)}
+        return Packed(TableBlocks("nf4"), (SIZE, SIZE), tensors)
+    module = import_module(f"shared.quant.formats.{probe.format}")
+    tensors = module.quantize(weight, **probe.options)
+    if probe.format == "gguf":
+        from shared.quant.packing import Packed
+        from shared.quant.packings.gguf import GgufBlocks
+
+        return Packed(GgufBlocks(probe.options["type"], SIZE), (SIZE, SIZE), {"blocks": tensors["weight"]})
+
+    from safetensors.torch import save
+
+    from shared.quant.checkpoint import Checkpoint
+    from shared.quant.formats import format_of, layers_of
+
+    file = folder / f"{probe.label}.safetensors"
+    file.write_bytes(save({f"probe.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}))
+    checkpoint = Checkpoint.open(file)
+    layer = layers_of(checkpoint, checkpoint.tensors)["probe"]
+    found = format_of(layer)
+    if found is None:
+        raise RuntimeError(f"a layer written as {probe.label} is taken for plain numbers")
+    packed = found.read(layer)
+    # What is read stays mapped from the file, which is deleted in a moment.
+    return type(packed)(packed.packing, packed.shape, {name: t.clone() for name, t in packed.tensors.items()})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
