@@ -78,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
         return commands.generate(ctx, args)
     if args.command == "presets":
         return commands.presets(ctx, args)
+    if args.command == "quantize":
+        from shared.cli.quantize import quantize
+
+        return quantize(ctx, args)
     if args.command == "doctor":
         return commands.doctor(ctx, args)
     print("Starting the page ...", file=sys.stderr)  # its imports take seconds

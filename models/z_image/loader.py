@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from models.z_image.config import TransformerConfig, config_from_shapes
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
-from shared.quant.assemble import Part, Plan, fill, shapes
+from shared.quant.assemble import Part, Plan, check, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
@@ -84,6 +84,22 @@ def load_transformer(
         model = ZImageTransformer(config)
     fill(model, plan, dtype, source=str(checkpoint.path), name_missing=_file_names, hint=_hint, compute=compute)
     return model.eval().requires_grad_(False)
+
+
+def check_transformer(
+    checkpoint: Checkpoint, plan: Plan, config: TransformerConfig
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Whether a file fills a whole transformer, from its header, with load_transformer()'s errors.
+
+    Returns our module (or bare parameter) -> suffix -> shape.
+    """
+    import torch
+
+    from models.z_image.transformer import ZImageTransformer
+
+    with torch.device("meta"):
+        model = ZImageTransformer(config)
+    return check(model, plan, source=str(checkpoint.path), name_missing=_file_names, hint=_hint)
 
 
 def _unpacked(text: str | None) -> str | None:

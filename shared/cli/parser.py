@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.app.settings import loras_as_host_settings, parse_lora
+from shared.cli.quantize import add_arguments as add_quantize
 
 if TYPE_CHECKING:
     from shared.app.families import Families
@@ -19,6 +20,7 @@ examples:
   wgp.py generate "a lighthouse at dusk" --preset z_image --resolution 1024x1024 --seed 7 --output lighthouse.png
   wgp.py presets
   wgp.py inspect some_checkpoint.safetensors
+  wgp.py quantize model.safetensors --format int8 --output model_int8.safetensors
   wgp.py doctor
 """
 
@@ -33,13 +35,14 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         parents=[_common_flags(families, lora_root)],
         allow_abbrev=False,
     )
-    metavar = "generate | presets | inspect | doctor"
+    metavar = "generate | presets | inspect | quantize | doctor"
     commands = parser.add_subparsers(dest="command", metavar=metavar, title="subcommands")
     common = _after_subcommand(_common_flags(families, lora_root))
     for name, help_text, add_arguments in (
         ("generate", "draw pictures", _add_generate),
         ("presets", "list the models that can be chosen", _add_presets),
         ("inspect", "say what a weights file is, from its tensors", _add_inspect),
+        ("quantize", "convert a model into another format", add_quantize),
         ("doctor", "say what this machine can do, what is wrong, and which model to use", _add_doctor),
     ):
         add_arguments(commands.add_parser(name, help=help_text, parents=[common], allow_abbrev=False))

@@ -75,8 +75,7 @@ def fill(
     """
     from torch import nn
 
-    wanted = _wanted(model)
-    _check(plan, wanted, source, name_missing or _plain_names, hint)
+    wanted = check(model, plan, source=source, name_missing=name_missing, hint=hint)
     for module, parameters in wanted.items():
         parts = plan[module]
         if any(format_of(p.layer) for p in parts):
@@ -88,6 +87,23 @@ def fill(
         else:
             for suffix, shape in parameters.items():
                 _set_parameter(model, _join_name(module, suffix), _plain(parts, suffix, dtype).reshape(shape))
+
+
+def check(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    source: str,
+    name_missing: NameMissing | None = None,
+    hint: Callable[[Sequence[str]], str] | None = None,
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The first half of fill(): whether the plan fills the model, from headers alone, with fill()'s errors.
+
+    Returns our module (or bare parameter) -> suffix -> shape, of everything the model has to be given.
+    """
+    wanted = _wanted(model)
+    _check(plan, wanted, source, name_missing or _plain_names, hint)
+    return wanted
 
 
 def _wanted(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -1,0 +1,80 @@
+"""What the converter (shared/quant/convert.py) has to know of Z-Image: its layers and their names in each file.
+
+Names: the table in keys.py. Recipes are written for the official ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.z_image.keys import diffusers_names
+from models.z_image.loader import check_transformer, plan_layers, read_config
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.convert import Model, Place
+from shared.quant.formats import quanto_int8, svdq
+from shared.quant.targets import DEFAULT_RANK, Naming
+
+if TYPE_CHECKING:
+    from shared.quant.packings.svdq import Kind
+
+RECIPES = Path(__file__).with_name("recipes")
+
+_QKV, _W13 = "attention.qkv", "feed_forward.w13"
+_REFINERS = ("noise_refiner.", "context_refiner.")
+
+
+def open_model(path: Path) -> Model:
+    """The transformer in a file, checked to be whole. Raises what load_transformer() raises."""
+    checkpoint = Checkpoint.open(path)
+    plan = plan_layers(checkpoint)
+    config = read_config(checkpoint, plan)
+    wanted = check_transformer(checkpoint, plan, config)
+    return Model(checkpoint, plan, wanted, config.as_diffusers(), places)
+
+
+def places(module: str, naming: Naming, *, packed: bool) -> tuple[Place, ...]:
+    """The modules of a file that hold our `module`.
+
+    packed: nunchaku has one name for fused q, k and v where they are packed, three where they are not.
+    """
+    block, _, _ = module.rpartition(".attention." if ".attention." in module else ".feed_forward.")
+    if naming == "official":
+        if module.endswith(_QKV):
+            return (Place(module, (0, 1, 2), 3, (module,)),)
+        if module.endswith(_W13):
+            halves = (f"{block}.feed_forward.w1", f"{block}.feed_forward.w3")
+            return tuple(Place(name, (i,), 2, (name,)) for i, name in enumerate(halves))
+        return (Place(module, (0,), 1, (module,)),)
+    if naming == "nunchaku" and block:
+        w1_w3 = tuple(place.official[0] for place in places(f"{block}.{_W13}", "official", packed=packed))
+        fused = {
+            "attention.out": Place(f"{block}.attention.to_out.0", (0,), 1, (module,)),
+            _W13: Place(f"{block}.feed_forward.net.0.proj", (1, 0), 2, w1_w3),  # w3 first
+            "feed_forward.w2": Place(f"{block}.feed_forward.net.2", (0,), 1, (module,)),
+        }
+        if packed:
+            fused[_QKV] = Place(f"{block}.attention.to_qkv", (0, 1, 2), 3, (module,))
+        place = fused.get(module.removeprefix(f"{block}."))
+        if place:
+            return (place,)
+    names = diffusers_names(module)
+    official = [place.official[0] for place in places(module, "official", packed=packed)]
+    # q, k and v are one official layer, w1 and w3 are two.
+    said = official * len(names) if len(official) == 1 else official
+    return tuple(Place(name, (i,), len(names), (said[i],)) for i, name in enumerate(names))
+
+
+def header(
+    naming: Naming, formats: Mapping[str, str], config: Mapping[str, object], rank: int | None
+) -> dict[str, str]:
+    """The `__metadata__` that readers of this kind of file want. formats: packed module in the file -> format."""
+    if naming == "diffusers":
+        return quanto_int8.header(formats, config)
+    if naming == "nunchaku":
+        kind: Kind = "fp4" if "svdq_fp4" in formats.values() else "int4"
+        skip = not any(module.startswith(_REFINERS) for module in formats)
+        return svdq.header(config, kind=kind, rank=rank or DEFAULT_RANK, skip_refiners=skip)
+    return {"format": "pt", "config": json.dumps(config)}
