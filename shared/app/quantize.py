@@ -172,7 +172,7 @@ def _recipe(request: QuantizeRequest, folder: Path, formats: Sequence[str]) -> R
         path = Path(request.recipe)
     if not path.is_file():
         names = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
-        raise UserError(f"--recipe {request.recipe}: there is no such recipe or file.", f"Known are {names}.")
+        raise UserError(f"{request.recipe}: there is no such format, recipe or file.", f"Known are {names}.")
     recipe = Recipe.load(path, formats)
     kept: list[Rule] = []
     for pattern in request.keep:

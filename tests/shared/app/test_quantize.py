@@ -99,7 +99,7 @@ def test_without_a_preset_nothing_but_file_and_report_is_written(ctx: AppContext
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "int9", "--output", "o.safetensors"), r"--recipe int9: .* Known are bf16, .*svdq_int4"),
+        (("--format", "int9", "--output", "o.safetensors"), r"^int9: .* Known are bf16, .*svdq_int4"),
         (("--format", "int8", "--output", "o.txt"), r"o\.txt: a name that ends in \.safetensors or \.gguf"),
         (("--format", "int8", "--output", "o.gguf"), r"int8 cannot be written into a GGUF file"),
         (("--format", "q8_0", "--output", "o.safetensors"), r"q8_0 cannot be written into a safetensors file"),
