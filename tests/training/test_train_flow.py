@@ -87,9 +87,9 @@ def test_stages_are_read_from_text() -> None:
 
 
 def test_rate_rises_stays_and_falls_to_zero() -> None:
-    rates = [learning_rate(step, 1000, 400, 2.0) for step in (0, 199, 599, 800, 1000)]
+    rates = [learning_rate(step, 1000, 400, 2.0) for step in (0, 99, 599, 800, 1000)]
 
-    assert rates == pytest.approx([0.01, 2.0, 2.0, 1.0, 0.0])
+    assert rates == pytest.approx([0.02, 2.0, 2.0, 1.0, 0.0])
 
 
 def test_gradients_accumulate_in_the_shared_buffer() -> None:
