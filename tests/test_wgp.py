@@ -202,9 +202,7 @@ def test_without_a_subcommand_the_page_starts(monkeypatch: pytest.MonkeyPatch) -
 # ---------------------------------------------------------------------------------------- drawing
 
 
-def test_the_demo_draws_and_its_record_draws_the_same_pixels_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_demo_draws_and_its_record_draws_the_same_pixels_again(tmp_path: Path) -> None:
     first = start(
         "generate", PROMPT, "--batch-size", "2", "--seed", "3", "--resolution", "128x96",
         "--output", str(tmp_path / "{seed}.png"), "--json",
@@ -213,12 +211,14 @@ def test_the_demo_draws_and_its_record_draws_the_same_pixels_again(
     told = json.loads(first.stdout.splitlines()[-1])
     record = read_record(tmp_path / "4.png") or {}
 
-    again = wgp.main(
-        ["generate", record["prompt"], "--preset", record["model_type"], "--seed", str(record["seed"]),
-         "--resolution", record["resolution"], "--output", str(tmp_path / "again.png")]
+    # A program of its own again: in this one, other tests may have changed torch's number of threads, and with it the
+    # order of sums (one level of 255 here and there).
+    again = start(
+        "generate", record["prompt"], "--preset", record["model_type"], "--seed", str(record["seed"]),
+        "--resolution", record["resolution"], "--output", str(tmp_path / "again.png"),
     )  # fmt: skip
 
-    assert again == 0
+    assert again.returncode == 0, again.stderr
     assert told["images"] == [
         {"path": str(tmp_path / "3.png"), "seed": 3},
         {"path": str(tmp_path / "4.png"), "seed": 4},
@@ -227,7 +227,6 @@ def test_the_demo_draws_and_its_record_draws_the_same_pixels_again(
     assert np.array_equal(pixels(tmp_path / "4.png"), pixels(tmp_path / "again.png"))
     assert not np.array_equal(pixels(tmp_path / "3.png"), pixels(tmp_path / "4.png"))
     assert {file.name for file in tmp_path.iterdir()} == {"3.png", "4.png", "again.png"}
-    capsys.readouterr()
 
 
 @POSIX_SIGNALS
