@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from torch import Tensor, nn
 from models.z_image.attention import attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
+
+if TYPE_CHECKING:
+    from models.z_image.control import ControlBranch, ControlSignal
 
 
 class Captions(NamedTuple):
@@ -75,17 +78,22 @@ class ZImageTransformer(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_layer = FinalLayer(config)
         self.rope = RotaryAxes(config)
+        # A part of the network, so that an offloader brings it along; loader.py puts it in when a file holds one.
+        self.control: ControlBranch | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in: the type of the pad tokens, which no format ever packs."""
         return self.x_pad_token.dtype
 
-    def forward(self, latents: Tensor, t: Tensor, captions: Captions | Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, latents: Tensor, t: Tensor, captions: Captions | Sequence[Tensor], control: ControlSignal | None = None
+    ) -> Tensor:
         """Predict x0 - noise.
 
         latents: (B, 16, h, w), any float type, h and w even latent cells (picture pixels / 8).
         t: (B,) float32 model time in [0, 1], 1 - sigma. captions: what encode_captions() returned, or its input.
+        control: steers through the control branch, which must be there.
         Returns (B, 16, h, w) float32. Raises ValueError for odd sizes or a caption count other than B.
         """
         if not isinstance(captions, Captions):
@@ -104,13 +112,24 @@ class ZImageTransformer(nn.Module):
         time_BT = self.t_embedder(t * self.config.t_scale, self.dtype)
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
-        x_BND = _pad_tokens(x_BND, image_rope.cos.shape[1], self.x_pad_token)
-        for block in self.noise_refiner:
+        x_BND = pad_tokens(x_BND, image_rope.cos.shape[1], self.x_pad_token)
+        follower = None
+        if control is not None:
+            if self.control is None:
+                raise ValueError("a control signal for a transformer without a control branch")
+            follower = self.control.follow(control, x_BND, image_rope, time_BT, self.x_pad_token)
+        for i, block in enumerate(self.noise_refiner):
             x_BND = block(x_BND, image_rope, None, time_BT)
+            if follower is not None:
+                x_BND = follower.after_refiner(i, x_BND)
 
         x_BSD = torch.cat([x_BND, captions.tokens_BLD], dim=1)
-        for block in self.layers:
+        if follower is not None:
+            follower.join(x_BSD, captions.tokens_BLD, joint_rope, mask)
+        for i, block in enumerate(self.layers):
             x_BSD = block(x_BSD, joint_rope, mask, time_BT)
+            if follower is not None:
+                x_BSD = follower.after_layer(i, x_BSD)
 
         patches = self.final_layer(x_BSD[:, :count], time_BT)
         return unpatchify(patches.float(), rows, columns, patch)
@@ -120,7 +139,7 @@ class ZImageTransformer(nn.Module):
         lengths = tuple(_round_up(len(f)) for f in features)
         longest = max(lengths)
         tokens = [
-            _pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
+            pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
             for f, n in zip(features, lengths, strict=True)
         ]
         x_BLD = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tokens])
@@ -312,7 +331,8 @@ def _round_up(count: int) -> int:
     return -(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
-def _pad_tokens(x_BND: Tensor, length: int, pad_token: Tensor) -> Tensor:
+def pad_tokens(x_BND: Tensor, length: int, pad_token: Tensor) -> Tensor:
+    """The tokens (B, N, D) with copies of the learned pad token (1, D) behind them, `length` in all."""
     missing = length - x_BND.shape[1]
     if not missing:
         return x_BND
