@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -12,6 +12,9 @@ from torch import Tensor
 
 import shared.samplers as samplers
 from models.z_image import autoencoder
+from models.z_image.conditions import Beginning
+from models.z_image.noise import NoiseSource
+from models.z_image.prediction import Predictor
 from models.z_image.request import GenerateRequest
 from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import Captions, ZImageTransformer
@@ -78,7 +81,7 @@ class ZImagePipeline:
         _require_finite(latents, "the latents after the last step")
         pictures = self._timed("decode", lambda: self.decode(latents, request.tile))
         _require_finite(pictures, "the decoded picture")
-        return pictures
+        return pictures if request.start is None else request.start.finish(pictures)
 
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
         """Features (tokens, width) of the prompt, and of the negative prompt when the guidance will need it."""
@@ -90,25 +93,28 @@ class ZImagePipeline:
 
     @torch.no_grad()
     def denoise(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None = None) -> Iterator[Step]:
-        """Yield a Step after each step of the request's sampler, starting from the seeds' noise."""
+        """Yield a Step after each step of the request's sampler, from the seeds' noise or the request's start."""
         sampler = _sampler(request.sampler)
-        sigmas = sampler.schedule(request.steps, request.shift)
-        self.report.sigmas = sigmas
         count = len(request.seeds)
+        channels = self.transformer.config.in_channels
+        source = NoiseSource(request.seeds, (channels, request.height // 8, request.width // 8))
+        begun = self._begin(request, source.start().to(self.device), sampler.schedule(request.steps, request.shift))
+        self.report.sigmas = list(begun.sigmas)
         captions, both = self._captions(positive, negative, count)
-        guidance = request.guidance
+        predict = Predictor(
+            self.transformer, request.guidance, captions, both, sigmas=begun.sigmas,
+            signals=None if request.control is None else request.control.begin(self.encode_pictures),
+            constrain=begun.constrain,
+        )  # fmt: skip
+        total = len(begun.sigmas) - 1
+        for index, latents in enumerate(sampler.sample(predict, begun.latents, begun.sigmas)):
+            self.report.forwards = predict.forwards
+            yield Step(index, total, begun.sigmas[index + 1], latents)
 
-        def predict(latents: Tensor, sigma: float) -> Tensor:
-            if both is None or not guidance.active(sigma):
-                self.report.forwards += 1
-                return -self.transformer(latents, self._time(sigma, count), captions)
-            self.report.forwards += 2
-            answers = self.transformer(latents.repeat(2, 1, 1, 1), self._time(sigma, 2 * count), both)
-            return -guidance.combine(*answers.chunk(2))
-
-        start = noise(request.seeds, request.height, request.width, self.transformer.config.in_channels)
-        for index, latents in enumerate(sampler.sample(predict, start.to(self.device), sigmas)):
-            yield Step(index, request.steps, sigmas[index + 1], latents)
+    @torch.no_grad()
+    def encode_pictures(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 16, H/8, W/8) float32 on the pipeline's device."""
+        return autoencoder.encode(self.vae, pictures.to(self.device)).to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
@@ -122,9 +128,10 @@ class ZImagePipeline:
             return captions, None
         return captions, self.transformer.encode_captions([positive, negative]).repeat(count)
 
-    def _time(self, sigma: float, count: int) -> Tensor:
-        """The network's time runs from 0 (noise) to 1 (data)."""
-        return torch.full((count,), 1 - sigma, dtype=torch.float32, device=self.device)
+    def _begin(self, request: GenerateRequest, noise: Tensor, sigmas: list[float]) -> Beginning:
+        if request.start is None:
+            return Beginning(sigmas, noise)
+        return request.start.begin(noise, sigmas, self.encode_pictures)
 
     def _timed(self, stage: str, work: Callable[[], T]) -> T:
         began = time.perf_counter()
@@ -136,16 +143,6 @@ class ZImagePipeline:
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
         self.report.seconds[stage] = time.perf_counter() - began
-
-
-def noise(seeds: Sequence[int], height: int, width: int, channels: int) -> Tensor:
-    """Starting latents (B, channels, height / 8, width / 8) float32, each from its own seed.
-
-    Drawn on the CPU so that a seed gives the same start on every device, alone or in a batch.
-    """
-    shape = (channels, height // 8, width // 8)
-    generators = (torch.Generator("cpu").manual_seed(seed) for seed in seeds)
-    return torch.stack([torch.randn(shape, generator=g, device="cpu", dtype=torch.float32) for g in generators])
 
 
 def _sampler(name: str) -> samplers.Sampler:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from models.z_image.conditions import Control, Start
 from models.z_image.guidance import ClassifierFreeGuidance
 from shared.quant.errors import UserError
 
@@ -28,6 +29,8 @@ class GenerateRequest:
     sampler: str = ""
     shift: float = DEFAULT_SHIFT
     guidance: ClassifierFreeGuidance = field(default_factory=ClassifierFreeGuidance)
+    start: Start | None = None  # a picture to start from; None starts from noise alone
+    control: Control | None = None  # a control picture; None draws without
     tile: int = 0  # side of a decoding tile in latent cells, 0 in one piece
 
     def __post_init__(self) -> None:

@@ -9,7 +9,8 @@ import torch
 from diffusers import ZImagePipeline as ReferencePipeline
 
 from models.z_image.guidance import ClassifierFreeGuidance
-from models.z_image.pipeline import ZImagePipeline, noise
+from models.z_image.noise import noise
+from models.z_image.pipeline import ZImagePipeline
 from models.z_image.request import GenerateRequest
 from models.z_image.z_image_main import model_factory
 from shared.quant.errors import RunError, UserError
