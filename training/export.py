@@ -6,9 +6,7 @@ models/z_image/demo.
     vae/diffusion_pytorch_model.safetensors, config.json
     MANIFEST.json                              size, SHA-256 and parameters of every file, and how it was trained
 
-The autoencoder's batch norm is folded into its last encoder convolution together with the official scaling
-and shift, so the files hold a plain AutoencoderKL. The text encoder's last layer, which no pipeline runs,
-is small random numbers.
+The text encoder's last layer, which no pipeline runs, is small random numbers.
 
     python -m training.export --flow work/flow.pt --vae work/vae.pt
 """
@@ -24,13 +22,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from models.z_image.loader import to_diffusers
 from training.checkpoints import load_checkpoint
 from training.train_flow import TEXT_ENCODER_LAYERS, TRANSFORMER_CONFIG, TextToLatents, build_text_encoder
-from training.train_vae import LATENT_CHANNELS, SCALING_FACTOR, SHIFT_FACTOR, AutoencoderInTraining
+from training.train_vae import LATENT_CHANNELS, AutoencoderInTraining
 
 MOST_BYTES = 32 * 1024 * 1024
 _LOG_VARIANCE = -6.0  # of the posterior: a deviation of 0.05, for those who sample it
@@ -63,24 +60,14 @@ def export_text_encoder(model: TextToLatents, tokenizer_folder: Path, folder: Pa
 
 
 @torch.no_grad()
-def fold_autoencoder(model: AutoencoderInTraining) -> dict[str, Tensor]:
-    """State dict of a plain AutoencoderKL whose mode is `normalised / SCALING_FACTOR + SHIFT_FACTOR`."""
-    state = {name: tensor.clone() for name, tensor in model.vae.state_dict().items()}
-    weight, bias = state["encoder.conv_out.weight"], state["encoder.conv_out.bias"]
-    mean, variance = model.norm.running_mean, model.norm.running_var
-    assert mean is not None
-    assert variance is not None
-    gain = (variance + model.norm.eps).rsqrt() / SCALING_FACTOR
-    weight[:LATENT_CHANNELS] *= gain[:, None, None, None]
-    bias[:LATENT_CHANNELS] = (bias[:LATENT_CHANNELS] - mean) * gain + SHIFT_FACTOR
-    weight[LATENT_CHANNELS:] = 0
-    bias[LATENT_CHANNELS:] = _LOG_VARIANCE
-    return state
-
-
 def export_vae(model: AutoencoderInTraining, folder: Path) -> int:
-    """Write float32 weights and config.json; returns the number of parameters."""
-    tensors = {name: t.contiguous() for name, t in fold_autoencoder(model).items()}
+    """Write float32 weights and config.json; returns the number of parameters.
+
+    The half of the encoder's output that says how sure it is was never trained: it gets one small constant.
+    """
+    tensors = {name: t.clone().contiguous() for name, t in model.vae.state_dict().items()}
+    tensors["encoder.conv_out.weight"][LATENT_CHANNELS:] = 0
+    tensors["encoder.conv_out.bias"][LATENT_CHANNELS:] = _LOG_VARIANCE
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     model.vae.save_config(folder)
     return sum(t.numel() for t in tensors.values())
@@ -137,7 +124,7 @@ def main() -> None:
     }
     training = {
         "flow_steps": steps,
-        "vae_steps_of_last_phase": vae_steps,
+        "vae_steps": vae_steps,
         "commands": "training/README.md",
         "date": datetime.now(UTC).date().isoformat(),
     }

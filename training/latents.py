@@ -1,10 +1,9 @@
 """Draw many training scenes once and keep their latents, so that training the flow never waits for a pencil.
 
-`--stage draw` writes pictures and scenes, `--stage encode` turns the pictures into normalised latents with
-the frozen encoder of `train_vae`. Captions are not stored: a scene is worded anew each time it is used.
+Latents are the patch code of the drawings (`patch_code.py`), which the autoencoder learns separately. Captions are not
+stored: a scene is worded anew each time it is used.
 
-    python -m training.latents --stage draw
-    python -m training.latents --stage encode --vae work/vae.pt
+    python -m training.latents
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from training.checkpoints import load_checkpoint
+from training.patch_code import PatchCode, load_patch_code
 from training.scenes import Scene, Shape, draw_scene, sample_scene
-from training.train_vae import AutoencoderInTraining, to_pixels
 
 # (width, height) -> how many scenes. The small sizes come first in training: a step there costs a third.
 POOLS: dict[tuple[int, int], int] = {
@@ -31,7 +29,7 @@ POOLS: dict[tuple[int, int], int] = {
     (384, 256): 2000,
     (256, 384): 2000,
 }
-_ENCODE_BATCH = 16
+_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -51,56 +49,35 @@ def load_pool(folder: Path, width: int, height: int) -> LatentPool:
     return LatentPool(scenes[: len(latents)], latents)
 
 
-def draw_pool_to_disk(folder: Path, width: int, height: int, count: int, seed: int) -> None:
-    """Write pictures_WxH.npy (count, H, W, 3) uint8 and scenes_WxH.json."""
+def write_pool(code: PatchCode, folder: Path, width: int, height: int, count: int, seed: int) -> None:
+    """Write latents_WxH.npy (count, 16, H / 8, W / 8) float16 and scenes_WxH.json."""
     rng = np.random.default_rng((seed, width, height))
-    name = f"{width}x{height}"
-    shape = (count, height, width, 3)
-    pictures = np.lib.format.open_memmap(folder / f"pictures_{name}.npy", "w+", np.uint8, shape)
+    latents = np.empty((count, 16, height // 8, width // 8), np.float16)
     scenes = []
-    for i in range(count):
-        scene = sample_scene(rng, held_out=False)
-        pictures[i] = draw_scene(scene, width, height, rng)
-        scenes.append(asdict(scene))
-    pictures.flush()
-    (folder / f"scenes_{name}.json").write_text(json.dumps(scenes))
-
-
-@torch.no_grad()
-def encode_pool(model: AutoencoderInTraining, folder: Path, width: int, height: int) -> None:
-    """Write latents_WxH.npy from pictures_WxH.npy."""
-    name = f"{width}x{height}"
-    pictures = np.load(folder / f"pictures_{name}.npy", mmap_mode="r")[: POOLS[width, height]]
-    latents = np.empty((len(pictures), 16, height // 8, width // 8), np.float16)
-    for start in range(0, len(pictures), _ENCODE_BATCH):
-        batch = to_pixels(list(pictures[start : start + _ENCODE_BATCH]))
-        with torch.autocast("cpu", torch.bfloat16):
-            latents[start : start + _ENCODE_BATCH] = model.encode(batch).numpy()
-    np.save(folder / f"latents_{name}.npy", latents)
+    for start in range(0, count, _BATCH):
+        batch = [sample_scene(rng, held_out=False) for _ in range(min(_BATCH, count - start))]
+        pictures = np.stack([draw_scene(scene, width, height, rng) for scene in batch])
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents[start : start + len(batch)] = code.encode(pixels).numpy()
+        scenes += [asdict(scene) for scene in batch]
+    np.save(folder / f"latents_{width}x{height}.npy", latents)
+    (folder / f"scenes_{width}x{height}.json").write_text(json.dumps(scenes))
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=("draw", "encode"), required=True)
     parser.add_argument("--folder", type=Path, default=Path("work/pools"))
-    parser.add_argument("--vae", type=Path, default=Path("work/vae.pt"))
     parser.add_argument("--sizes", nargs="*", help="WxH; all when left out")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     wanted = [tuple(map(int, size.split("x"))) for size in arguments.sizes or []]
-    pools = {size: count for size, count in POOLS.items() if not wanted or size in wanted}
-    if arguments.stage == "encode":
-        model = AutoencoderInTraining().to(memory_format=torch.channels_last)
-        model.load_state_dict(load_checkpoint(arguments.vae)["model"])
-        model.eval()
-    for (width, height), count in pools.items():
-        if arguments.stage == "draw":
-            draw_pool_to_disk(arguments.folder, width, height, count, arguments.seed)
-        else:
-            encode_pool(model, arguments.folder, width, height)
-        print(f"{arguments.stage}: {count} scenes of {width}x{height}", flush=True)
+    code = load_patch_code()
+    for size, count in POOLS.items():
+        if not wanted or size in wanted:
+            write_pool(code, arguments.folder, *size, count, arguments.seed)
+            print(f"{count} scenes of {size[0]}x{size[1]}", flush=True)
 
 
 if __name__ == "__main__":

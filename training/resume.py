@@ -1,12 +1,11 @@
 """Turn the shipped demo back into training checkpoints, so that its training goes on from a fresh clone.
 
-The optimizer's state is not shipped; a short warm-up replaces it. The exported encoder gives official-looking latents
-(mean 0.1159, deviation 1 / 0.3611), so the training norm is set to undo exactly that.
+The optimizer's state is not shipped; a short warm-up replaces it.
 
-    python -m training.latents --stage draw
+    python -m training.latents
     python -m training.resume
-    python -m training.latents --stage encode
-    python -m training.train_flow --start-from work/start.pt --layout-weight 0.15 --steps N
+    python -m training.train_flow --start-from work/start.pt --steps N
+    python -m training.train_vae --start-from work/start_vae.pt --steps N
 """
 
 from __future__ import annotations
@@ -22,18 +21,16 @@ from models.z_image.loader import load_transformer
 from models.z_image.text_encoder import load_text_encoder
 from training.checkpoints import save_checkpoint
 from training.train_flow import TextToLatents
-from training.train_vae import SCALING_FACTOR, SHIFT_FACTOR, AutoencoderInTraining
+from training.train_vae import AutoencoderInTraining
 
 DEMO = Path("models/z_image/demo")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def restore_autoencoder(folder: Path) -> AutoencoderInTraining:
-    """The demo's VAE with the training norm that its export folded away; encode() gives the same latents."""
+    """The demo's VAE as train_vae holds it."""
     model = AutoencoderInTraining()
     model.vae.load_state_dict(load_vae(folder / "vae", torch.float32).state_dict())
-    model.norm.running_mean.fill_(SHIFT_FACTOR)
-    model.norm.running_var.fill_(SCALING_FACTOR**-2 - model.norm.eps)
     return model.eval()
 
 
@@ -56,9 +53,9 @@ def main() -> None:
     tokenizer.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         shutil.copy(arguments.demo / "text_encoder" / name, tokenizer / name)
-    save_checkpoint(arguments.work / "vae.pt", {"model": restore_autoencoder(arguments.demo).state_dict()})
+    save_checkpoint(arguments.work / "start_vae.pt", {"model": restore_autoencoder(arguments.demo).state_dict()})
     save_checkpoint(arguments.work / "start.pt", {"model": restore_flow(arguments.demo).state_dict()})
-    print(f"{arguments.work}/vae.pt and start.pt hold the demo's weights; training goes on with --start-from.")
+    print(f"{arguments.work}/start.pt and start_vae.pt hold the demo's weights; training goes on with --start-from.")
 
 
 if __name__ == "__main__":

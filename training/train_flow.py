@@ -3,7 +3,9 @@
 The network sees x = (1 - sigma) * x0 + sigma * noise at model time 1 - sigma and learns x0 - noise. Sigma
 is drawn from a logistic-normal moved towards noise by the sampler's shift of 3, with extra weight near 1,
 where 8-step sampling decides what goes where. One caption in ten is empty, so that guidance works. An
-exponential average of the weights is what gets exported.
+exponential average of the weights is what gets exported. The matrices of attention and feed-forward are trained by
+Muon (Jordan et al. 2024, as torch.optim.Muon), which here needs two thirds of AdamW's steps; AdamW trains the rest.
+Workers share Muon's work: each owns some matrices, steps those, and sends them to the others.
 
 Stages (see STAGES): small pictures first, then the final sizes. The rate rises over the first 100 steps,
 stays, and falls to zero over the last `--decay` steps; a run can so be stopped and lengthened until the
@@ -37,10 +39,10 @@ from training.checker import judge_picture
 from training.checkpoints import load_checkpoint, save_checkpoint
 from training.latents import LatentPool, load_pool
 from training.layout import DeepLayoutHeads
+from training.patch_code import load_patch_code
 from training.sampling import sample_pictures
 from training.scenes import Scene, sample_scene
 from training.tokenizer import TEMPLATE
-from training.train_vae import AutoencoderInTraining
 
 TRANSFORMER_CONFIG = TransformerConfig(
     dim=384, n_heads=3, n_layers=3, n_refiner_layers=1, cap_feat_dim=256, ffn_dim=1024, in_channels=16
@@ -62,6 +64,7 @@ _P_ONE_SHAPE = 0.75
 _SHAPE_CELL = 0.35  # mean difference from the ground's latents beyond which a cell belongs to a shape or its shadow
 _SHIFT = 3.0
 _WARM_UP_STEPS = 100
+_MUON_NAMES = {"attention", "feed_forward"}
 _EMA_DECAY = 0.999
 _TRIES = 12
 
@@ -222,7 +225,6 @@ def flow_loss(
 @torch.no_grad()
 def quick_judge(
     model: TextToLatents,
-    autoencoder: AutoencoderInTraining,
     tokenizer: PreTrainedTokenizerBase,
     *,
     width: int,
@@ -230,7 +232,11 @@ def quick_judge(
     count: int,
     sheet: Path,
 ) -> dict[str, float]:
-    """Share of held-out captions whose promises are kept, by attribute; also writes a contact sheet."""
+    """Share of held-out captions whose promises are kept, by attribute; also writes a contact sheet.
+
+    The patch code decodes: its blocky edges do not disturb the checker, and no autoencoder is needed yet.
+    """
+    code = load_patch_code()
     rng = np.random.default_rng(4242)
     scenes = [sample_scene(rng, held_out=True, num_shapes=1 if i % 4 else 2) for i in range(count)]
     captions = [write_caption(scene, rng, held_out=True, complete=True) for scene in scenes]
@@ -241,7 +247,7 @@ def quick_judge(
             drawn = sample_pictures(
                 model.transformer,
                 lambda prompts: model.encode_text([encode_prompt(p, tokenizer) for p in prompts]),
-                autoencoder.decode,
+                code.decode,
                 [c.text for c in part],
                 width=width,
                 height=height,
@@ -262,9 +268,9 @@ def write_sheet(path: Path, pictures: list[np.ndarray], captions: list[Caption],
     path.with_suffix(".txt").write_text("\n".join(f"{i}: {c.text}" for i, c in enumerate(captions)) + "\n")
 
 
-def learning_rate(step: int, steps: int, decay: int, peak: float) -> float:
-    """Warm-up, plateau, linear decay to zero over the last `decay` steps."""
-    return peak * min(1.0, (step + 1) / _WARM_UP_STEPS, max(0.0, (steps - step) / decay))
+def relative_rate(step: int, steps: int, decay: int) -> float:
+    """Of the peak: warm-up, plateau, linear decay to zero over the last `decay` steps."""
+    return min(1.0, (step + 1) / _WARM_UP_STEPS, max(0.0, (steps - step) / decay))
 
 
 def parse_stages(text: str) -> list[Stage]:
@@ -303,23 +309,25 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
     stages = parse_stages(arguments.stages)
     pools: dict[tuple[int, int], LatentPool] = {}
-    autoencoder = AutoencoderInTraining()
-    autoencoder.load_state_dict(load_checkpoint(arguments.vae)["model"])
-    autoencoder.eval()
     model = TextToLatents(len(tokenizer))
     averaged = TextToLatents(len(tokenizer)).requires_grad_(False)
-    groups = [
-        {
-            "params": [p for p in part.parameters() if (p.ndim >= 2) == matrices],
-            "weight_decay": 0.02 * matrices,
-            "scale": scale,
-        }
-        for part, scale in ((model.transformer, 1.0), (model.text_encoder, arguments.text_rate))
-        for matrices in (True, False)
-    ]
     heads = DeepLayoutHeads(TRANSFORMER_CONFIG.dim)
-    groups.append({"params": list(heads.parameters()), "weight_decay": 0.0, "scale": 1.0})
-    optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.99), fused=True)
+    shares = share_matrices(muon_matrices(model.transformer), arguments.processes)
+    matrices = {id(p) for share in shares for p in share}
+    rest = [p for p in model.transformer.parameters() if id(p) not in matrices]
+    groups = [
+        {"params": rest, "scale": arguments.rate},
+        {"params": list(model.text_encoder.parameters()), "scale": arguments.rate * arguments.text_rate},
+        {"params": list(heads.parameters()), "scale": arguments.rate},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=arguments.rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    muon = torch.optim.Muon(
+        [{"params": shares[rank], "scale": arguments.muon_rate}],
+        lr=arguments.muon_rate,
+        weight_decay=0.0,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    muon_state = arguments.checkpoint.with_suffix(f".muon{rank}.pt")
     first_step = arguments.first_step
     if arguments.start_from is not None:
         model.load_state_dict(load_checkpoint(arguments.start_from)["model"])
@@ -332,6 +340,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         averaged.load_state_dict(saved["averaged"])
         heads.load_state_dict(saved["heads"])
         optimizer.load_state_dict(saved["optimizer"])
+        muon.load_state_dict(load_checkpoint(muon_state)["optimizer"])
         first_step = saved["step"]
     if arguments.compile:
         torch._dynamo.config.recompile_limit = 64  # one graph for every picture size and caption length
@@ -339,6 +348,7 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             block.forward = torch.compile(block.forward, dynamic=False)  # hooks stay outside
     averages, sources = list(averaged.parameters()), list(model.parameters())
     gradients = share_gradient_buffer([*sources, *heads.parameters()])
+    buffers = [share_buffer(share) for share in shares]
 
     running, spent, last_look = None, 0.0, time.monotonic()
     for step in range(first_step, arguments.steps):
@@ -352,10 +362,9 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         long = size == (256, 256) and bool(common.random() < _P_LONG_CAPTIONS)
         if size not in pools:
             pools[size] = load_pool(arguments.pools, *size)
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * learning_rate(
-                step - arguments.first_step, arguments.steps - arguments.first_step, arguments.decay, arguments.rate
-            )
+        done, whole_run = step - arguments.first_step, arguments.steps - arguments.first_step
+        for group in [*optimizer.param_groups, *muon.param_groups]:
+            group["lr"] = group["scale"] * relative_rate(done, whole_run, arguments.decay)
         batch = stage.batches[choice] // arguments.processes
         gradients.zero_()
         helpers = (heads, arguments.layout_weight, arguments.shape_weight)
@@ -366,20 +375,26 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
             gradients /= arguments.processes
         nn.utils.clip_grad_norm_(sources, 1.0)
         optimizer.step()
+        muon.step()
+        if arguments.processes > 1:
+            for owner, buffer in enumerate(buffers):
+                dist.broadcast(buffer, src=owner)
         value, whole = float(error), float(loss.detach())
         running = value if running is None else 0.99 * running + 0.01 * value
         spent += time.monotonic() - began
+        last = step + 1 == arguments.steps
+        save = last or (step + 1) % arguments.save_every == 0
+        if save:
+            save_checkpoint(muon_state, {"optimizer": muon.state_dict()})
         if rank > 0:
             continue
 
-        done = step - arguments.first_step
         decay = min(_EMA_DECAY, (1 + done) / (10 + done))
         torch._foreach_lerp_(averages, sources, 1 - decay)
         if (step + 1) % 25 == 0:
             print(f"step {step + 1} loss {running:.4f} ({whole:.3f}) {spent / 25:.3f} s/step", flush=True)
             spent = 0.0
-        last = step + 1 == arguments.steps
-        if last or (step + 1) % arguments.save_every == 0:
+        if save:
             state = {"model": model.state_dict(), "averaged": averaged.state_dict()}
             save_checkpoint(
                 arguments.checkpoint,
@@ -388,12 +403,35 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         if last or time.monotonic() - last_look > arguments.look_minutes * 60:
             width, height = stage.sizes[0]
             sheet = arguments.checkpoint.parent / "looks" / f"{arguments.checkpoint.stem}_{step + 1:06d}.png"
-            shares = quick_judge(averaged, autoencoder, tokenizer, width=width, height=height, count=48, sheet=sheet)
+            shares = quick_judge(averaged, tokenizer, width=width, height=height, count=48, sheet=sheet)
             words = " ".join(f"{name} {share:.2f}" for name, share in shares.items())
             print(f"step {step + 1} held-out {width}x{height}: {words}", flush=True)
             last_look = time.monotonic()
     if arguments.processes > 1:
         dist.destroy_process_group()
+
+
+def muon_matrices(transformer: ZImageTransformer) -> list[nn.Parameter]:
+    """The matrices between hidden states: Muon is made for these, not for embedders, modulation and the output."""
+    return [p for name, p in transformer.named_parameters() if p.ndim == 2 and _MUON_NAMES & set(name.split("."))]
+
+
+def share_matrices(matrices: list[nn.Parameter], workers: int) -> list[list[nn.Parameter]]:
+    """Deal the matrices out so that every worker gets about the same number of values."""
+    shares: list[list[nn.Parameter]] = [[] for _ in range(workers)]
+    for matrix in sorted(matrices, key=lambda m: -m.numel()):
+        min(shares, key=lambda share: sum(m.numel() for m in share)).append(matrix)
+    return shares
+
+
+def share_buffer(parameters: list[nn.Parameter]) -> Tensor:
+    """One flat tensor that all parameters are views of, so that they are sent in a single message."""
+    flat = torch.cat([p.detach().flatten() for p in parameters])
+    offset = 0
+    for parameter in parameters:
+        parameter.data = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+    return flat
 
 
 def share_gradient_buffer(parameters: list[nn.Parameter]) -> Tensor:
@@ -411,12 +449,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--decay", type=int, default=2500, help="steps over which the rate falls to zero at the end")
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=1e-3, help="AdamW's")
+    parser.add_argument("--muon-rate", type=float, default=3e-3, help="Muon's, on AdamW's scale")
     parser.add_argument("--text-encoder", type=Path, help="what train_text wrote; random when left out")
     parser.add_argument("--text-rate", type=float, default=0.2, help="rate of the text encoder, relative")
     parser.add_argument("--start-from", type=Path, help="weights of another run of this script to begin with")
     parser.add_argument("--first-step", type=int, default=0, help="number of the first step after --start-from")
-    parser.add_argument("--layout-weight", type=float, default=0.3, help="of the dense second task, see layout.py")
+    parser.add_argument("--layout-weight", type=float, default=0.15, help="of the dense second task, see layout.py")
     parser.add_argument("--shape-weight", type=float, default=3.0, help="extra weight of cells that show a shape")
     parser.add_argument("--stages", default=STAGES, help="FIRST_STEP:WxH*WEIGHT*BATCH,...;...")
     parser.add_argument("--seed", type=int, default=0)
@@ -424,7 +463,6 @@ def main() -> None:
     parser.add_argument("--look-minutes", type=float, default=8.0, help="between two looks at held-out pictures")
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--pools", type=Path, default=Path("work/pools"))
-    parser.add_argument("--vae", type=Path, default=Path("work/vae.pt"))
     parser.add_argument("--tokenizer", type=Path, default=Path("work/text_encoder"))
     parser.add_argument("--checkpoint", type=Path, default=Path("work/flow.pt"))
     parser.add_argument("--processes", type=int, default=1, help="workers that share every batch")

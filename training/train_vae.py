@@ -1,21 +1,15 @@
 """Train the demo's autoencoder: diffusers' AutoencoderKL, 16 latent channels, 8 pixels per latent cell.
 
-Two phases, both seeded and resumable (`--checkpoint` holds weights, optimizer and step):
+What the latents are is decided by `patch_code.py`; the encoder learns to write that code and the decoder to read it,
+side by side and independently, so that latents for the flow model exist before either is trained. Noise of a random
+strength is added to the decoder's latents: it then forgives the small errors of a sampler. Crops alternate with whole
+pictures of every aspect ratio, as a group norm sees both when decoding in one piece and in tiles.
 
-1. `--phase joint`: encoder and decoder on crops of drawn scenes. Between them sits a batch norm without
-   weights, which gives every latent channel mean 0 and deviation 1; noise of a random strength is added
-   there, so that the decoder forgives the small errors of a sampler. The norm is folded into the encoder's
-   last convolution when exported, and the decoder always sees `z / SCALING_FACTOR + SHIFT_FACTOR`: the file
-   then uses the same two constants as the official autoencoder.
-2. `--phase decoder`: encoder frozen (latents stay valid for a flow model trained meanwhile), decoder
-   polished on whole pictures of every aspect ratio, decoded as a whole and as tiles.
+The decoder's loss: squared error of the colours, then, blended in over the first steps, absolute error of the colours
+and of their differences to the right and lower neighbour (edges). Starting with the absolute terms gets stuck at the
+mean colour, and so does a higher rate. Seeded; an interrupted run goes on from its checkpoint.
 
-Loss: squared error of the colours, then, blended in over the first steps, absolute error of the colours and
-of their differences to the right and lower neighbour (edges). Starting with the absolute terms gets stuck
-at the mean colour, and so does a higher rate.
-
-    python -m training.train_vae --phase joint --steps 4000
-    python -m training.train_vae --phase decoder --steps 600
+    python -m training.train_vae --steps 2500
 """
 
 from __future__ import annotations
@@ -32,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from training.checkpoints import load_checkpoint, save_checkpoint
+from training.patch_code import PatchCode, load_patch_code
 from training.scenes import draw_scene, sample_scene
 
 LATENT_CHANNELS = 16
@@ -58,28 +53,28 @@ PICTURE_SIZES = ((256, 256), (384, 256), (256, 384))  # (width, height)
 
 _EDGE_WEIGHT = 0.7
 _LARGEST_NOISE = 0.25  # deviation of the noise on the latents, whose own deviation is 1
-_PEAK_RATE = {"joint": 5e-4, "decoder": 4e-4}
+_PEAK_RATE = 5e-4
+_P_WHOLE = 0.25
 _WARM_UP_STEPS = 50
 _BLEND_STEPS = 600
 
 
 class AutoencoderInTraining(nn.Module):
-    """Encoder, batch norm, decoder; `normalised` latents have mean 0 and deviation 1 per channel."""
+    """An AutoencoderKL; outside it, latents are the patch code with mean 0 and deviation 1."""
 
     def __init__(self) -> None:
         super().__init__()
         self.vae = AutoencoderKL(**VAE_CONFIG)
-        self.norm = nn.BatchNorm2d(LATENT_CHANNELS, affine=False, momentum=0.02)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, H, W) in [-1, 1] -> normalised latents (B, 16, H/8, W/8)."""
-        mean_channels = self.vae.encoder(pixels)[:, :LATENT_CHANNELS]
-        normalised: Tensor = self.norm(mean_channels.float())
-        return normalised
+        """pixels (B, 3, H, W) in [-1, 1] -> latents (B, 16, H/8, W/8)."""
+        mode = self.vae.encoder(pixels)[:, :LATENT_CHANNELS]
+        latents: Tensor = (mode.float() - SHIFT_FACTOR) * SCALING_FACTOR
+        return latents
 
-    def decode(self, normalised: Tensor) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Inverse of `encode`; returns pixels in about [-1, 1]."""
-        pixels: Tensor = self.vae.decoder(normalised / SCALING_FACTOR + SHIFT_FACTOR)
+        pixels: Tensor = self.vae.decoder(latents / SCALING_FACTOR + SHIFT_FACTOR)
         return pixels
 
 
@@ -117,51 +112,42 @@ def random_crops(pool: list[NDArray[np.uint8]], batch: int, side: int, rng: np.r
     return to_pixels(crops)
 
 
-def joint_step(
-    model: AutoencoderInTraining, pool: list[NDArray[np.uint8]], rng: np.random.Generator, step: int
-) -> Tensor:
-    """One batch of crops through encoder and decoder; returns the loss."""
-    side, batch = ((64, 16), (64, 16), (96, 7), (128, 4))[rng.integers(4)]
-    pixels = random_crops(pool, batch, side, rng)
-    latents = model.encode(pixels)
+def random_batch(pools: dict[tuple[int, int], list[NDArray[np.uint8]]], rng: np.random.Generator) -> Tensor:
+    """Pixels of one step: crops three times out of four, else whole pictures of one size."""
+    sizes = list(pools)
+    if rng.random() < _P_WHOLE:
+        pool = pools[sizes[rng.integers(len(sizes))]]
+        return to_pixels([pool[i] for i in rng.integers(len(pool), size=2)])
+    side, batch = ((64, 16), (96, 7), (128, 4))[rng.integers(3)]
+    return random_crops(pools[sizes[0]], batch, side, rng)
+
+
+def losses(
+    model: AutoencoderInTraining, code: PatchCode, pixels: Tensor, rng: np.random.Generator, step: int
+) -> tuple[Tensor, Tensor]:
+    """The encoder's squared error against the code, and the decoder's reconstruction loss."""
     gentle = min(1.0, step / _BLEND_STEPS)
-    strength = gentle * torch.rand(batch, 1, 1, 1) * _LARGEST_NOISE
-    decoded = model.decode(latents + strength * torch.randn_like(latents))
-    return reconstruction_loss(decoded, pixels, sharpness=0.05 + 0.95 * gentle)
-
-
-def decoder_step(
-    model: AutoencoderInTraining, pool: list[NDArray[np.uint8]], rng: np.random.Generator, step: int
-) -> Tensor:
-    """One whole picture, or tiles of its latents, through the decoder alone; returns the loss."""
-    shape = pool[rng.integers(len(pool))].shape
-    same_size = [p for p in pool if p.shape == shape]
-    pixels = to_pixels([same_size[i] for i in rng.integers(len(same_size), size=2)])
-    with torch.no_grad():
-        latents = model.encode(pixels)
-    if rng.random() < 0.4:  # a tile: its surroundings, and so the statistics of the group norms, are missing
-        cells = int(rng.integers(16, 29))
-        top, left = (int(rng.integers(max(n - cells, 0) + 1)) for n in latents.shape[-2:])
-        latents = latents[..., top : top + cells, left : left + cells]
-        pixels = pixels[..., top * 8 : (top + cells) * 8, left * 8 : (left + cells) * 8]
-    strength = torch.rand(len(latents), 1, 1, 1) * _LARGEST_NOISE
-    return reconstruction_loss(model.decode(latents + strength * torch.randn_like(latents)), pixels)
+    latents = code.encode(pixels)
+    written = (model.encode(pixels) - latents).square().mean()
+    strength = gentle * torch.from_numpy(rng.random((len(pixels), 1, 1, 1), np.float32)) * _LARGEST_NOISE
+    noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+    read = model.decode(latents + strength * noise)
+    return written, reconstruction_loss(read, pixels, sharpness=0.05 + 0.95 * gentle)
 
 
 @torch.no_grad()
-def measure(model: AutoencoderInTraining, *, count: int = 12, seed: int = 999) -> tuple[float, float]:
-    """Peak signal-to-noise ratios in dB on unseen pictures: from clean latents, and with noise of deviation 0.1."""
-    was_training = model.training
-    model.eval()
+def measure(
+    model: AutoencoderInTraining, code: PatchCode, *, count: int = 12, seed: int = 999
+) -> tuple[float, float, float]:
+    """PSNR in dB on unseen pictures: from the code, from the code with noise of 0.1, from the own encoder's latents."""
     pixels = to_pixels(draw_pool(count, ((256, 256),), seed))
-    latents = model.encode(pixels)
+    latents = code.encode(pixels)
     noisy = latents + 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed))
     ratios = []
-    for z in (latents, noisy):
+    for z in (latents, noisy, model.encode(pixels)):
         error = (model.decode(z).clamp(-1, 1) - pixels).square().mean()
         ratios.append(10 * math.log10(4 / float(error)))
-    model.train(was_training)
-    return ratios[0], ratios[1]
+    return ratios[0], ratios[1], ratios[2]
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -171,57 +157,57 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Run one phase from its checkpoint, or from the start."""
+    """Train from the checkpoint, or from the start."""
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(arguments.threads)
+    code = load_patch_code()
     model = AutoencoderInTraining().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
     first_step = 0
-    saved = load_checkpoint(arguments.checkpoint) if arguments.checkpoint.exists() else None
-    if saved is not None:
+    if arguments.start_from is not None:
+        model.load_state_dict(load_checkpoint(arguments.start_from)["model"])
+    if arguments.checkpoint.exists():
+        saved = load_checkpoint(arguments.checkpoint)
         model.load_state_dict(saved["model"])
-        first_step = saved["step"] if saved["phase"] == arguments.phase else 0
-    elif arguments.phase == "decoder":
-        raise SystemExit(f"{arguments.checkpoint} does not exist: run --phase joint first")
-    if arguments.phase == "decoder":
-        model.vae.encoder.requires_grad_(False)
-        model.norm.eval()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    if saved is not None and first_step > 0:
         optimizer.load_state_dict(saved["optimizer"])
+        first_step = saved["step"]
 
-    sizes = ((256, 256),) if arguments.phase == "joint" else PICTURE_SIZES
-    pool = draw_pool(arguments.pictures, sizes, arguments.seed)
-    make_loss = joint_step if arguments.phase == "joint" else decoder_step
-    started, running = time.monotonic(), 0.0
+    pools = {
+        size: draw_pool(arguments.pictures // len(PICTURE_SIZES), (size,), arguments.seed) for size in PICTURE_SIZES
+    }
+    started, running = time.monotonic(), np.zeros(2)
     for step in range(first_step, arguments.steps):
         rng = np.random.default_rng((arguments.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, _PEAK_RATE[arguments.phase])
+            group["lr"] = learning_rate(step, arguments.steps, _PEAK_RATE)
+        pixels = random_batch(pools, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            loss = make_loss(model, pool, rng, step)
+            written, read = losses(model, code, pixels, rng, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
+        (written + read).backward()
+        for part in (model.vae.encoder, model.vae.decoder):
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
-        running = float(loss.detach()) if step == first_step else 0.98 * running + 0.02 * float(loss.detach())
+        values = np.array([float(written.detach()), float(read.detach())])
+        running = values if step == first_step else 0.98 * running + 0.02 * values
         if (step + 1) % 50 == 0:
             seconds = (time.monotonic() - started) / (step + 1 - first_step)
-            print(f"step {step + 1} loss {running:.4f} {seconds:.3f} s/step", flush=True)
+            print(f"step {step + 1} encoder {running[0]:.4f} decoder {running[1]:.4f} {seconds:.3f} s/step", flush=True)
         if (step + 1) % 250 == 0 or step + 1 == arguments.steps:
-            clean, noisy = measure(model)
-            model.norm.train(arguments.phase == "joint")
-            print(f"step {step + 1} PSNR {clean:.2f} dB, with noise {noisy:.2f} dB", flush=True)
+            clean, noisy, whole = measure(model, code)
+            print(f"step {step + 1} PSNR {clean:.2f} dB, noisy {noisy:.2f} dB, both ways {whole:.2f} dB", flush=True)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(arguments.checkpoint, {**state, "phase": arguments.phase, "step": step + 1})
+            save_checkpoint(arguments.checkpoint, {**state, "step": step + 1})
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--phase", choices=("joint", "decoder"), default="joint")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--pictures", type=int, default=2000, help="size of the pool of drawings")
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--start-from", type=Path, help="weights to begin with instead of random ones")
+    parser.add_argument("--pictures", type=int, default=1500, help="size of the pool of drawings")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--checkpoint", type=Path, default=Path("work/vae.pt"))
     train(parser.parse_args())

@@ -8,12 +8,16 @@ from transformers import PreTrainedTokenizerFast
 from training.scenes import sample_scene
 from training.tokenizer import SPECIAL_TOKENS, TEMPLATE, build_tokenizer
 from training.train_flow import (
+    TextToLatents,
     build_text_encoder,
     draw_sigmas,
     encode_prompt,
-    learning_rate,
+    muon_matrices,
     parse_stages,
+    relative_rate,
+    share_buffer,
     share_gradient_buffer,
+    share_matrices,
     word_scenes,
 )
 
@@ -87,9 +91,9 @@ def test_stages_are_read_from_text() -> None:
 
 
 def test_rate_rises_stays_and_falls_to_zero() -> None:
-    rates = [learning_rate(step, 1000, 400, 2.0) for step in (0, 99, 599, 800, 1000)]
+    rates = [relative_rate(step, 1000, 400) for step in (0, 99, 599, 800, 1000)]
 
-    assert rates == pytest.approx([0.02, 2.0, 2.0, 1.0, 0.0])
+    assert rates == pytest.approx([0.01, 1.0, 1.0, 0.5, 0.0])
 
 
 def test_gradients_accumulate_in_the_shared_buffer() -> None:
@@ -102,3 +106,30 @@ def test_gradients_accumulate_in_the_shared_buffer() -> None:
     assert flat.numel() == 13
     torch.testing.assert_close(flat, torch.cat([p.grad.flatten() for p in parameters]))
     assert float(flat[-1]) == 1.0  # the last bias
+
+
+def test_workers_share_the_matrices_evenly() -> None:
+    model = TextToLatents(300)
+
+    shares = share_matrices(muon_matrices(model.transformer), 2)
+
+    sizes = [sum(p.numel() for p in share) for share in shares]
+    assert sum(sizes) == sum(
+        p.numel()
+        for n, p in model.named_parameters()
+        if n.startswith("transformer.") and ("feed_forward" in n or "attention.qkv" in n or "attention.out" in n)
+    )
+    assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_parameters_in_one_buffer_keep_their_values_and_follow_it() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    parameters = list(layers.parameters())
+    before = [p.detach().clone() for p in parameters]
+
+    flat = share_buffer(parameters)
+
+    for parameter, value in zip(parameters, before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+    flat.zero_()
+    assert all(float(p.detach().abs().sum()) == 0 for p in parameters)
