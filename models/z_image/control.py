@@ -129,7 +129,8 @@ class Follower:
         self._branch, self._config, self._weight = branch, branch.config, weight
         self._stream, self._time = c_BND, time_BT
         self._trunk: Tensor | None = x_BND  # until the stage's first block has taken it in
-        self._rope, self._mask = rope, None
+        self._rope = rope
+        self._mask: Tensor | None = None
         stage = branch.layers if self._config.refiner == "layers" else branch.noise_refiner
         self._waiting = list(stage)
 
@@ -160,7 +161,6 @@ class Follower:
         return x_BSD + self._weight * self._next_hint()
 
     def _next_hint(self) -> Tensor:
-        block: ControlBlock = self._waiting.pop(0)
-        self._stream, hint = block(self._stream, self._rope, self._mask, self._time, self._trunk)
+        self._stream, hint = self._waiting.pop(0)(self._stream, self._rope, self._mask, self._time, self._trunk)
         self._trunk = None
         return hint

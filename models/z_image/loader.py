@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.z_image.config import TransformerConfig, config_from_shapes
+from models.z_image.control_loader import CONTROL_PREFIX, load_control
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
 from shared.quant.assemble import Part, Plan, check, fill, shapes
@@ -63,7 +64,8 @@ def load_transformer(
 ) -> ZImageTransformer:
     """Build the transformer that a checkpoint describes and fill it, in `dtype`, on the CPU, ready to run.
 
-    paths: one file, index or folder; of a list the first is the transformer, further ones are modules (ControlNet).
+    paths: one file, index or folder; of a list the first is the transformer, the second a ControlNet. A ControlNet in
+    the transformer's own file is loaded too, unless a second file replaces it.
     compute: how packed layers are multiplied, see shared/quant/kernels. Raises LayerMismatchError listing missing,
     unexpected and misshapen tensors, UnknownFormatError for a packing that is not known.
     """
@@ -72,17 +74,21 @@ def load_transformer(
     from models.z_image.transformer import ZImageTransformer
 
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
-    if len(files) > 1:
+    if len(files) > 2:
         raise UnknownFormatError(
-            f"{files[1]}: module files (ControlNet) cannot be loaded by this version.",
-            "Choose a preset without modules.",
+            f"{files[2]}: a second module file; one ControlNet at a time can be loaded.",
+            "Leave one out of the preset's modules.",
         )
     checkpoint = Checkpoint.open(files[0])
-    plan = plan_layers(checkpoint)
+    whole = plan_layers(checkpoint)
+    plan = {module: parts for module, parts in whole.items() if not module.startswith(CONTROL_PREFIX)}
     config = read_config(checkpoint, plan)
     with torch.device("meta"):
         model = ZImageTransformer(config)
     fill(model, plan, dtype, source=str(checkpoint.path), name_missing=_file_names, hint=_hint, compute=compute)
+    if len(files) > 1 or len(plan) < len(whole):
+        branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint
+        model.control = load_control(branch, config, dtype, compute=compute)
     return model.eval().requires_grad_(False)
 
 

@@ -1,0 +1,164 @@
+"""From a Fun ControlNet file to a control branch: sizes and release are read from its tensors, never from its name.
+
+Names in a file: `control_all_x_embedder.2-1`, `control_layers.j.*`, `control_noise_refiner.i.*`, behind any prefix;
+what follows is named as in a transformer (keys.py). They may also stand in the transformer's own file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from models.z_image.config import TransformerConfig
+from models.z_image.gguf_names import with_split_qkv
+from models.z_image.keys import slot_of
+from shared.quant.assemble import Part, Plan, fill, shapes
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import LayerMismatchError
+from shared.quant.formats import layers_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.z_image.control import ControlBranch, ControlConfig, Refiner
+
+logger = logging.getLogger(__name__)
+
+CONTROL_PREFIX = "control_"
+_LANDMARK = "control_layers.0."
+_OURS = (
+    ("control_all_x_embedder.2-1", "x_embedder"),
+    ("control_x_embedder", "x_embedder"),
+    ("control_layers.", "layers."),
+    ("control_noise_refiner.", "noise_refiner."),
+)
+
+PUBLISHED_LAYERS = 30  # of the trunk that the published branches belong to
+
+
+def find_control_prefix(names: Iterable[str]) -> str | None:
+    """What precedes every control name in a file ("", "model.diffusion_model." ...); None: no branch here."""
+    found = {name.split(_LANDMARK)[0] for name in names if _LANDMARK in name}
+    prefixes = [prefix for prefix in found if prefix == "" or prefix.endswith(".")]
+    return min(prefixes, key=len) if prefixes else None
+
+
+def plan_control(checkpoint: Checkpoint) -> Plan:
+    """Map every control layer of a file onto our modules. Raises LayerMismatchError when there is none."""
+    prefix = find_control_prefix(checkpoint.tensors)
+    if prefix is None:
+        first = ", ".join(list(checkpoint.tensors)[:3]) or "nothing"
+        raise LayerMismatchError(
+            f"{checkpoint.path}: no Fun ControlNet in this file (its tensors begin with {first}).",
+            "`wgp.py inspect FILE` says what it looks like.",
+        )
+    checkpoint = with_split_qkv(checkpoint)
+    names = [n for n in checkpoint.tensors if n.startswith(f"{prefix}{CONTROL_PREFIX}")]
+    plan: Plan = {}
+    for module, layer in layers_of(checkpoint, names).items():
+        slot = slot_of(_our_name(module[len(prefix) :]))
+        plan.setdefault(slot.module, []).append(Part(layer, slot.blocks, slot.of))
+    return plan
+
+
+def read_control_config(checkpoint: Checkpoint, plan: Plan, trunk_layers: int = PUBLISHED_LAYERS) -> ControlConfig:
+    """Sizes from shapes; which trunk layers get hints from the header's `config`, else at equal distances.
+
+    Raises LayerMismatchError when the embedder is missing, or there are more layers than the trunk has.
+    """
+    from models.z_image.control import ControlConfig
+
+    known = shapes(plan)
+    embedder = known.get("x_embedder.weight")
+    if embedder is None or len(embedder) != 2:
+        raise LayerMismatchError(
+            f"{checkpoint.path}: a Fun ControlNet without its embedder (control_all_x_embedder.2-1).",
+            "The file looks truncated; download it again.",
+        )
+    count = 1 + max(int(name.split(".")[1]) for name in known if name.startswith("layers."))
+    given = _header_config(checkpoint)
+    places = given.get("control_layers_places") or [j * (trunk_layers // count) for j in range(count)]
+    if len(set(places)) != count or max(places) >= trunk_layers:
+        raise LayerMismatchError(
+            f"{checkpoint.path}: {count} control layers for the places {places} of {trunk_layers} transformer layers.",
+            "It is made for another model.",
+        )
+    refiner = _refiner(plan, known)
+    refiners = 1 + max((int(n.split(".")[1]) for n in known if n.startswith("noise_refiner.")), default=1)
+    return ControlConfig(
+        places=tuple(places),
+        in_channels=embedder[1] // 4,
+        refiner=refiner,
+        refiner_places=() if refiner == "plain" else tuple(range(refiners)),
+    )
+
+
+def release_of(config: ControlConfig) -> str:
+    """Which published branch has these sizes, in words."""
+    layers = len(config.places)
+    if config.refiner == "plain":
+        return "Fun ControlNet Union 1.0"
+    if config.refiner == "layers":
+        return "Fun ControlNet Union 2.0 (its own refiner was never trained; the control layers stand in for it)"
+    return "Fun ControlNet 2.1-lite" if layers < 6 else "Fun ControlNet 2.1 (Union, 8-step, Tile or Base)"
+
+
+def load_control(
+    checkpoint: Checkpoint, trunk: TransformerConfig, dtype: torch.dtype, *, compute: str = "auto"
+) -> ControlBranch:
+    """Build the branch that a checkpoint describes beside a trunk of these sizes and fill it, in `dtype`, on the CPU.
+
+    Raises LayerMismatchError for a branch of another model's sizes, UnknownFormatError for a packing not known.
+    """
+    import torch
+
+    from models.z_image.control import ControlBranch
+
+    plan = plan_control(checkpoint)
+    config = read_control_config(checkpoint, plan, trunk.n_layers)
+    if config.refiner == "layers":
+        # The file may hold a refiner that was never trained: all zeros, which would silence the first hints.
+        plan = {module: parts for module, parts in plan.items() if not module.startswith("noise_refiner.")}
+    logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
+    with torch.device("meta"):
+        branch = ControlBranch(trunk, config)
+    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute)
+    return branch.eval().requires_grad_(False)
+
+
+def _our_name(module: str) -> str:
+    for theirs, ours in _OURS:
+        if module.startswith(theirs):
+            return ours + module[len(theirs) :]
+    return module
+
+
+def _refiner(plan: Plan, known: Mapping[str, tuple[int, ...]]) -> Refiner:
+    if "noise_refiner.0.attention_norm1.weight" not in known:
+        return "layers"
+    projection = plan.get("noise_refiner.0.after_proj")
+    if projection is None:
+        return "plain"
+    return "layers" if all(_is_zero(part) for part in projection) else "own"
+
+
+def _is_zero(part: Part) -> bool:
+    """Whether a layer's weight has no bit set: plain numbers and integer codes alike are then all zero."""
+    largest = max(part.layer.tensors.values(), key=lambda info: info.nbytes)
+    return not part.layer.checkpoint.read_bytes(largest.name).strip(b"\0")
+
+
+def _header_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The header's `config`, as diffusers and VideoX-Fun spell it; {} where there is none or it is no object."""
+    try:
+        given = json.loads(checkpoint.metadata.get("config") or "{}")
+    except ValueError:
+        return {}
+    places = given.get("control_layers_places") if isinstance(given, dict) else None
+    return given if isinstance(places, list) and all(type(place) is int for place in places) else {}
+
+
+def _hint(_unexpected: object) -> str:
+    return "This ControlNet belongs to a model of other sizes, or the file is truncated."

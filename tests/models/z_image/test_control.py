@@ -1,0 +1,265 @@
+"""The control branch against diffusers' ZImageControlNetModel on the same weights, float32, and its loader."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
+from safetensors.torch import save_file
+
+from models.z_image.config import TransformerConfig
+from models.z_image.control import ControlSignal
+from models.z_image.control_loader import plan_control, read_control_config, release_of
+from models.z_image.loader import load_transformer
+from models.z_image.transformer import ZImageTransformer
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import LayerMismatchError, UnknownFormatError
+from tests.support.tiny_model import randomise, relative_error
+
+TOLERANCE = 1e-5  # sums of 1024 float32 products in another order differ by some 1e-7
+
+# Four layers, two refiners: enough for places with gaps, and for hints at both refiner blocks.
+TRUNK = TransformerConfig(
+    dim=96, n_layers=4, n_refiner_layers=2, n_heads=3, cap_feat_dim=64, ffn_dim=256, time_dim=96, axes_dims=(8, 12, 12)
+)
+
+# release -> what diffusers calls its parts
+RELEASES: dict[str, dict[str, Any]] = {
+    "1.0": {"control_layers_places": [0, 2], "control_in_dim": 16},
+    "2.0": {
+        "control_layers_places": [0, 1, 2, 3],
+        "control_refiner_layers_places": [0, 1],
+        "control_in_dim": 33,
+        "add_control_noise_refiner": "control_layers",
+    },
+    "2.1": {
+        "control_layers_places": [0, 2],
+        "control_refiner_layers_places": [0, 1],
+        "control_in_dim": 33,
+        "add_control_noise_refiner": "control_noise_refiner",
+    },
+    "2.1-lite": {
+        "control_layers_places": [0],
+        "control_refiner_layers_places": [0, 1],
+        "control_in_dim": 33,
+        "add_control_noise_refiner": "control_noise_refiner",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def trunk() -> ZImageTransformer2DModel:
+    config = {k: v for k, v in TRUNK.as_diffusers().items() if not k.startswith("_")}
+    return randomise(ZImageTransformer2DModel(**config), 11)
+
+
+@pytest.fixture(scope="module")
+def trunk_file(tmp_path_factory: pytest.TempPathFactory, trunk: ZImageTransformer2DModel) -> Path:
+    path = tmp_path_factory.mktemp("trunk") / "transformer.safetensors"
+    save_file(trunk.state_dict(), path)
+    return path
+
+
+def reference_branch(release: str, trunk: ZImageTransformer2DModel) -> ZImageControlNetModel:
+    sizes = {"dim": TRUNK.dim, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3}
+    branch = randomise(ZImageControlNetModel(**RELEASES[release], **sizes), 12)
+    return ZImageControlNetModel.from_transformer(branch, trunk)
+
+
+def branch_state(branch: ZImageControlNetModel) -> dict[str, torch.Tensor]:
+    """What a published file holds: the branch's own tensors, and in 2.0 a refiner that was never trained."""
+    state = {n: t.contiguous().clone() for n, t in branch.state_dict().items() if n.startswith("control_")}
+    if branch.add_control_noise_refiner == "control_layers":
+        for name, tensor in list(state.items()):
+            for i in (0, 1):
+                if name.startswith(f"control_layers.{i}."):
+                    untrained = torch.zeros_like(tensor) if "_proj" in name else tensor.clone()
+                    state[name.replace("control_layers", "control_noise_refiner")] = untrained
+    return state
+
+
+@pytest.fixture(scope="module")
+def load(trunk: ZImageTransformer2DModel, trunk_file: Path) -> Callable[[str], Any]:
+    """release -> (our transformer with the branch, diffusers' branch)."""
+
+    @cache
+    def load(release: str) -> tuple[ZImageTransformer, ZImageControlNetModel]:
+        theirs = reference_branch(release, trunk)
+        path = trunk_file.with_name(f"control_{release}.safetensors")
+        save_file(branch_state(theirs), path)
+        return load_transformer([trunk_file, path], torch.float32), theirs
+
+    return load
+
+
+def inputs(release: str, *, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Latents, times, captions of different padded length, control context. 60 image tokens: four of padding."""
+    captions = [torch.randn(n, TRUNK.cap_feat_dim) for n in (20, 40)[:batch]]
+    context = torch.randn(batch, RELEASES[release]["control_in_dim"], 20, 12)
+    return torch.randn(batch, 16, 20, 12), torch.rand(batch), captions, context
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_agrees_with_diffusers(
+    load: Callable[[str], Any], trunk: ZImageTransformer2DModel, release: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = load(release)
+    latents, time, captions, context = inputs(release)
+    # diffusers' trunk refines without the hints that its branch refines with; here it is given the branch's stream.
+    refined: list[torch.Tensor] = []
+    theirs.control_layers[0].register_forward_hook(lambda _m, args, _out: refined.append(args[1]))
+
+    with torch.no_grad():
+        samples = theirs(list(latents[:, :, None]), time, captions, list(context[:, :, None]), conditioning_scale=0.7)
+        hook = trunk.layers[0].register_forward_pre_hook(lambda _m, args: (refined[-1], *args[1:]))
+        expected = trunk(
+            list(latents[:, :, None]), time, captions, controlnet_block_samples=samples, return_dict=False
+        )[0]  # fmt: skip
+        hook.remove()
+        result = ours(latents, time, captions, ControlSignal(context, 0.7))
+
+    assert relative_error(result, torch.stack(list(expected))[:, :, 0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("release", ["1.0", "2.1"])
+def test_control_changes_the_answer_and_weight_0_does_not(load: Callable[[str], Any], release: str) -> None:
+    model, _ = load(release)
+    latents, time, captions, context = inputs(release)
+
+    plain = model(latents, time, captions)
+
+    assert relative_error(model(latents, time, captions, ControlSignal(context, 1.0)), plain) > 0.01
+    assert torch.equal(model(latents, time, captions, ControlSignal(context, 0.0)), plain)
+
+
+def test_one_context_serves_a_whole_batch(load: Callable[[str], Any]) -> None:
+    model, _ = load("2.1")
+    latents, time, captions, context = inputs("2.1")
+
+    shared = model(latents, time, captions, ControlSignal(context[:1], 0.5))
+    repeated = model(latents, time, captions, ControlSignal(context[:1].repeat(2, 1, 1, 1), 0.5))
+
+    assert relative_error(shared, repeated) <= TOLERANCE
+
+
+def test_a_context_of_other_channels_or_size_is_refused(load: Callable[[str], Any]) -> None:
+    model, _ = load("1.0")
+    latents, time, captions, context = inputs("1.0")
+
+    with pytest.raises(ValueError, match="33 channels, expected 16"):
+        model(latents, time, captions, ControlSignal(torch.randn(1, 33, 20, 12), 1.0))
+    with pytest.raises(ValueError, match="does not go with 2 images"):
+        model(latents, time, captions, ControlSignal(context[:, :, :10], 1.0))
+
+
+def test_control_without_a_branch_is_an_error(trunk_file: Path) -> None:
+    model = load_transformer(trunk_file, torch.float32)
+    latents, time, captions, context = inputs("1.0")
+
+    with pytest.raises(ValueError, match="without a control branch"):
+        model(latents, time, captions, ControlSignal(context, 1.0))
+
+
+# ------------------------------------------------------------------------------------------------ published sizes
+
+
+def published(layers: int, channels: int, *, refiner_hints: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of a published branch (6B trunk, diffusers naming), from the keys that decide its release."""
+    shapes = {"control_all_x_embedder.2-1.weight": (3840, channels * 4)}
+    for stage, count, hints in (("control_layers", layers, True), ("control_noise_refiner", 2, refiner_hints)):
+        for i in range(count):
+            shapes[f"{stage}.{i}.attention_norm1.weight"] = (3840,)
+            if hints:
+                shapes[f"{stage}.{i}.after_proj.weight"] = (1, 8)  # its content is read, its shape is not
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("layers", "channels", "hints", "places", "refiner", "words"),
+    [
+        pytest.param(6, 16, False, (0, 5, 10, 15, 20, 25), "plain", "Union 1.0", id="1.0"),
+        pytest.param(15, 33, True, tuple(range(0, 30, 2)), "own", r"2\.1 \(Union, 8-step, Tile or Base\)", id="2.1"),
+        pytest.param(3, 33, True, (0, 10, 20), "own", r"2\.1-lite", id="2.1-lite"),
+    ],
+)
+def test_published_releases_are_told_by_their_tensors(
+    tmp_path: Path, layers: int, channels: int, hints: bool, places: tuple[int, ...], refiner: str, words: str
+) -> None:
+    path = tmp_path / "any_name.safetensors"
+    save_file(
+        {n: torch.ones(s, dtype=torch.bfloat16) for n, s in published(layers, channels, refiner_hints=hints).items()},
+        path,
+    )
+    checkpoint = Checkpoint.open(path)
+
+    config = read_control_config(checkpoint, plan_control(checkpoint))
+
+    assert (config.places, config.in_channels, config.refiner) == (places, channels, refiner)
+    assert config.can_inpaint == (channels == 33)
+    assert re.search(words, release_of(config))
+
+
+def test_the_refiner_of_2_0_that_was_never_trained_is_recognised_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "union_2.1_says_its_name.safetensors"
+    state = {n: torch.ones(s) for n, s in published(15, 33, refiner_hints=True).items()}
+    for i in (0, 1):
+        state[f"control_noise_refiner.{i}.after_proj.weight"].zero_()
+    save_file(state, path)
+    checkpoint = Checkpoint.open(path)
+
+    config = read_control_config(checkpoint, plan_control(checkpoint))
+
+    assert config.refiner == "layers"
+    assert "2.0 (its own refiner was never trained" in release_of(config)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def test_a_branch_inside_the_transformers_own_file_is_loaded(
+    tmp_path: Path, trunk: ZImageTransformer2DModel, load: Callable[[str], Any]
+) -> None:
+    apart, theirs = load("2.1")
+    path = tmp_path / "merged.safetensors"
+    merged = trunk.state_dict() | branch_state(theirs)
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in merged.items()}, path)
+    latents, time, captions, context = inputs("2.1")
+
+    together = load_transformer(path, torch.float32)
+
+    signal = ControlSignal(context, 0.7)
+    assert torch.equal(together(latents, time, captions, signal), apart(latents, time, captions, signal))
+
+
+def test_a_branch_for_another_model_is_named(tmp_path: Path, trunk: ZImageTransformer2DModel, trunk_file: Path) -> None:
+    path = tmp_path / "control.safetensors"
+    state = branch_state(reference_branch("1.0", trunk))
+    state["control_layers.1.feed_forward.w2.weight"] = torch.randn(96, 512)
+    save_file(state, path)
+
+    with pytest.raises(LayerMismatchError, match=r"(?s)control\.safetensors.*w2.*\[96, 512\].*other sizes"):
+        load_transformer([trunk_file, path], torch.float32)
+
+
+def test_more_control_layers_than_the_trunk_has_are_refused(tmp_path: Path, trunk_file: Path) -> None:
+    path = tmp_path / "control.safetensors"
+    save_file({n: torch.ones(s) for n, s in published(6, 16, refiner_hints=False).items()}, path)
+
+    with pytest.raises(LayerMismatchError, match=r"6 control layers .* of 4 transformer layers"):
+        load_transformer([trunk_file, path], torch.float32)
+
+
+def test_a_module_that_is_no_control_branch_is_named(trunk_file: Path) -> None:
+    with pytest.raises(LayerMismatchError, match="no Fun ControlNet in this file"):
+        load_transformer([trunk_file, trunk_file], torch.float32)
+
+
+def test_two_branches_at_once_are_refused(trunk_file: Path) -> None:
+    with pytest.raises(UnknownFormatError, match="one ControlNet at a time"):
+        load_transformer([trunk_file, trunk_file, trunk_file], torch.float32)
