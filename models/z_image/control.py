@@ -24,35 +24,14 @@ which VideoX-Fun (where the files were trained), Wan2GP and this program put in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from models.z_image.config import TransformerConfig
+from models.z_image.control_config import ControlConfig
 from models.z_image.transformer import Block, Rotation, pad_tokens, patchify
-
-Refiner = Literal["plain", "layers", "own"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ControlConfig:
-    """Sizes of one branch; widths are the trunk's.
-
-    places: the trunk layers that get the hints of the branch's layers, in order. refiner_places: likewise of the
-    trunk's noise refiner, empty for a "plain" refiner. in_channels: of the control context, 16 or 33.
-    """
-
-    places: tuple[int, ...]
-    in_channels: int
-    refiner: Refiner
-    refiner_places: tuple[int, ...] = ()
-
-    @property
-    def can_inpaint(self) -> bool:
-        """Whether the context has channels for a mask and the picture to repaint."""
-        return self.in_channels > 16
 
 
 class ControlSignal(NamedTuple):

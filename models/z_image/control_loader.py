@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from models.z_image.config import TransformerConfig
+from models.z_image.control_config import ControlConfig, Refiner, release_of
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import slot_of
 from shared.quant.assemble import Part, Plan, fill, shapes
@@ -22,7 +23,7 @@ from shared.quant.formats import layers_of
 if TYPE_CHECKING:
     import torch
 
-    from models.z_image.control import ControlBranch, ControlConfig, Refiner
+    from models.z_image.control import ControlBranch
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,6 @@ def read_control_config(checkpoint: Checkpoint, plan: Plan, trunk_layers: int = 
 
     Raises LayerMismatchError when the embedder is missing, or there are more layers than the trunk has.
     """
-    from models.z_image.control import ControlConfig
-
     known = shapes(plan)
     embedder = known.get("x_embedder.weight")
     if embedder is None or len(embedder) != 2:
@@ -93,16 +92,6 @@ def read_control_config(checkpoint: Checkpoint, plan: Plan, trunk_layers: int = 
         refiner=refiner,
         refiner_places=() if refiner == "plain" else tuple(range(refiners)),
     )
-
-
-def release_of(config: ControlConfig) -> str:
-    """Which published branch has these sizes, in words."""
-    layers = len(config.places)
-    if config.refiner == "plain":
-        return "Fun ControlNet Union 1.0"
-    if config.refiner == "layers":
-        return "Fun ControlNet Union 2.0 (its own refiner was never trained; the control layers stand in for it)"
-    return "Fun ControlNet 2.1-lite" if layers < 6 else "Fun ControlNet 2.1 (Union, 8-step, Tile or Base)"
 
 
 def load_control(

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.z_image.conditions import Beginning
-from models.z_image.control import ControlConfig, ControlSignal
+from models.z_image.control import ControlSignal
+from models.z_image.control_config import ControlConfig
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:

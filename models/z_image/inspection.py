@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from models.z_image.control_config import release_of
+from models.z_image.control_loader import find_control_prefix, plan_control, read_control_config
 from models.z_image.keys import find_prefix, relative_of
 from models.z_image.loader import plan_layers, read_config
 from shared.quant.checkpoint import Checkpoint, TensorInfo
@@ -21,7 +23,6 @@ _QWEN3_MARKS = ("layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
 _QWEN3_LAYER = re.compile(r"(?:layers|blk)\.(\d+)\.")
 
 _RELATED = {
-    "control_all_x_embedder.2-1.weight": "Z-Image Fun ControlNet",
     "siglip_embedder.1.weight": "Z-Image Omni / Edit",
 }
 
@@ -96,9 +97,16 @@ def _control(checkpoint: Checkpoint) -> dict[str, Any] | None:
     tensors = checkpoint.tensors
     for mark, words in _RELATED.items():
         if mark in tensors:
-            layers = {n.split(".")[1] for n in tensors if n.startswith("control_layers.")}
-            return _plain(checkpoint, "control", words, sizes={"control_layers": len(layers)})
-    return None
+            return _plain(checkpoint, "control", words, sizes={})
+    if find_control_prefix(tensors) is None:
+        return None
+    try:
+        config = read_control_config(checkpoint, plan_control(checkpoint))
+    except CheckpointError as error:
+        found = _plain(checkpoint, "control", "Z-Image Fun ControlNet", sizes={})
+        return found | {"problems": [*found["problems"], error.message]}
+    sizes = {"control_layers": len(config.places), "channels": config.in_channels, "inpaints": config.can_inpaint}
+    return _plain(checkpoint, "control", f"Z-Image {release_of(config)}", sizes=sizes)
 
 
 def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:

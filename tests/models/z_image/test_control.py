@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from models.z_image.config import TransformerConfig
 from models.z_image.control import ControlSignal
-from models.z_image.control_loader import plan_control, read_control_config, release_of
+from models.z_image.control_config import release_of
+from models.z_image.control_loader import plan_control, read_control_config
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from shared.quant.checkpoint import Checkpoint

@@ -64,7 +64,16 @@ def test_every_part_of_a_folder_is_listed(model_folder: Path) -> None:
     [
         ({"layers.0.attention.to_q.lora_A.weight": (8, 384)}, "lora", "Z-Image LoRA"),
         ({"lora_unet_layers_0_attention_qkv.lora_down.weight": (8, 384)}, "lora", "Z-Image LoRA"),
-        ({"control_all_x_embedder.2-1.weight": (384, 64)}, "control", "ControlNet"),
+        ({"control_layers.0.attention_norm1.weight": (384,)}, "control", "Fun ControlNet"),
+        (
+            {
+                "control_all_x_embedder.2-1.weight": (384, 64),
+                "control_layers.0.attention_norm1.weight": (384,),
+                "control_noise_refiner.0.attention_norm1.weight": (384,),
+            },
+            "control",
+            r"Fun ControlNet Union 1\.0",
+        ),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "other", "FLUX"),
         ({"unheard.of": (1,)}, "other", r"begin with unheard\.of"),
     ],
