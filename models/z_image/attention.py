@@ -2,15 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, mask: Tensor | None = None) -> Tensor:
+class TwoViews(NamedTuple):
+    """Attention over [image, caption, negative caption] where the two captions do not see each other.
+
+    The image looks at itself and the caption, and at itself and the negative caption; combine(first, second), of
+    (B, image tokens, H, E) each, makes one result of it. The captions each look at the image and themselves.
+    image, caption: tokens. mask, negative_mask: as for attend(), over image and caption, image and negative caption.
+    """
+
+    image: int
+    caption: int
+    mask: Tensor | None
+    negative_mask: Tensor | None
+    combine: Callable[[Tensor, Tensor], Tensor]
+
+
+def attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, mask: Tensor | TwoViews | None = None) -> Tensor:
     """softmax(q k^T / sqrt(E)) v for (batch, tokens, heads, head width) tensors of one type.
 
-    mask: bool, broadcastable to (B, H, S, S), true where a key may be seen; None sees all.
+    mask: bool, broadcastable to (B, H, S, S), true where a key may be seen; None sees all. TwoViews: see there.
     Returns (B, S, H, E). Computed by torch's own choice of flash, memory-efficient or plain kernel.
     """
+    if isinstance(mask, TwoViews):
+        return _attend_twice(q_BSHE, k_BSHE, v_BSHE, mask)
     q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+
+
+def _attend_twice(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, views: TwoViews) -> Tensor:
+    image, joint = views.image, views.image + views.caption
+    q, k, v = (x[:, :joint] for x in (q_BSHE, k_BSHE, v_BSHE))
+    first = attend(q, k, v, views.mask)
+    q, k, v = (torch.cat([x[:, :image], x[:, joint:]], dim=1) for x in (q_BSHE, k_BSHE, v_BSHE))
+    second = attend(q, k, v, views.negative_mask)
+    guided = views.combine(first[:, :image], second[:, :image])
+    return torch.cat([guided, first[:, image:], second[:, image:]], dim=1)

@@ -37,6 +37,7 @@ class TransformerConfig:
     rope_theta: float = ROPE_THETA
     t_scale: float = TIME_SCALE
     norm_eps: float = NORM_EPS
+    has_second_time: bool = False  # TwinFlow: an embedding of the time that a step is for
 
     def __post_init__(self) -> None:
         if self.dim % self.n_heads:
@@ -102,6 +103,7 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TransformerConf
         time_dim=shapes["t_embedder.mlp.2.weight"][0],
         time_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
         axes_dims=axes_dims,
+        has_second_time="t_embedder_2.mlp.0.weight" in shapes,
     )
 
 

@@ -56,6 +56,9 @@ _ATTENTION_AND_FFN = {
 _BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
 _TOP = (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"))
 
+# Before the second time embedding in some TwinFlow files (mengqin/ComfyUI-TwinFlow nodes.py).
+_EXTENSION = "extended_weights."
+
 # What marks files of other members of the family, and how to name them to a person.
 _RELATIVES = (
     ("control_", "a ControlNet file (or a checkpoint merged with one)"),
@@ -79,6 +82,7 @@ def slot_of(module: str) -> Slot:
         name, rest = block.groups()
         ours, blocks, of = _ATTENTION_AND_FFN.get(rest, (rest, (0,), 1))
         return Slot(f"{name}.{ours}", blocks, of)
+    module = module.removeprefix(_EXTENSION)
     for theirs, ours in _TOP:
         if module == theirs or module.startswith(f"{theirs}."):
             return Slot(ours + module[len(theirs) :])

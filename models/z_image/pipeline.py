@@ -14,11 +14,11 @@ import shared.samplers as samplers
 from models.z_image import autoencoder
 from models.z_image.conditions import Beginning
 from models.z_image.noise import NoiseSource
-from models.z_image.prediction import Predictor
+from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
 from models.z_image.text_encoder import TextEncoder
-from models.z_image.transformer import Captions, ZImageTransformer
-from shared.quant.errors import RunError, UserError
+from models.z_image.transformer import ZImageTransformer
+from shared.quant.errors import RunError
 
 T = TypeVar("T")
 
@@ -59,16 +59,18 @@ class ZImagePipeline:
         request: GenerateRequest,
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
+        on_begin: Callable[[int], None] = lambda steps: None,
     ) -> Tensor | None:
         """Draw a batch: (B, 3, H, W) float32 in [-1, 1], or None when should_stop() turned true between steps.
 
-        Raises RunError naming the stage whose numbers are not finite.
+        on_begin: told the number of steps before the first of them. Raises RunError naming the stage whose numbers are
+        not finite.
         """
         self.report = Report()
         positive, negative = self._timed("text", lambda: self.encode(request))
         latents: Tensor | None = None
         began = time.perf_counter()
-        for step in self.denoise(request, positive, negative):
+        for step in self.denoise(request, positive, negative, on_begin):
             latents = step.latents
             if on_step is not None:
                 on_step(step)
@@ -85,29 +87,37 @@ class ZImagePipeline:
 
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
         """Features (tokens, width) of the prompt, and of the negative prompt when the guidance will need it."""
-        prompts = [request.prompt] + ([request.negative_prompt] if request.guidance.scale > 0 else [])
+        prompts = [request.prompt] + ([request.negative_prompt] if request.needs_negative else [])
         features = self.text_encoder.encode(prompts, self.device)
         for prompt, feature in zip(prompts, features, strict=True):
             _require_finite(feature, f"the text encoder's features of {prompt!r:.60}")
         return features[0], features[1] if len(features) > 1 else None
 
     @torch.no_grad()
-    def denoise(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None = None) -> Iterator[Step]:
+    def denoise(
+        self,
+        request: GenerateRequest,
+        positive: Tensor,
+        negative: Tensor | None = None,
+        on_begin: Callable[[int], None] = lambda steps: None,
+    ) -> Iterator[Step]:
         """Yield a Step after each step of the request's sampler, from the seeds' noise or the request's start."""
-        sampler = _sampler(request.sampler)
-        count = len(request.seeds)
-        channels = self.transformer.config.in_channels
-        source = NoiseSource(request.seeds, (channels, request.height // 8, request.width // 8))
-        begun = self._begin(request, source.start().to(self.device), sampler.schedule(request.steps, request.shift))
+        shape = (self.transformer.config.in_channels, request.height // 8, request.width // 8)
+        source = NoiseSource(request.seeds, shape, request.variation)
+        begun = self._begin(request, source.start().to(self.device))
         self.report.sigmas = list(begun.sigmas)
-        captions, both = self._captions(positive, negative, count)
         predict = Predictor(
-            self.transformer, request.guidance, captions, both, sigmas=begun.sigmas,
+            self.transformer, self._prompts(request, positive, negative), sigmas=begun.sigmas,
+            guidance=request.guidance, nag=request.nag,
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
         )  # fmt: skip
         total = len(begun.sigmas) - 1
-        for index, latents in enumerate(sampler.sample(predict, begun.latents, begun.sigmas)):
+        on_begin(total)
+        walk = samplers.get(request.sampler).sample(
+            predict, begun.latents, begun.sigmas, lambda: source.draw().to(self.device)
+        )
+        for index, latents in enumerate(walk):
             self.report.forwards = predict.forwards
             yield Step(index, total, begun.sigmas[index + 1], latents)
 
@@ -121,14 +131,22 @@ class ZImagePipeline:
         """Latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1], one at a time: a batch needs no more memory."""
         return torch.cat([autoencoder.decode(self.vae, z[None], tile).cpu() for z in latents])
 
-    def _captions(self, positive: Tensor, negative: Tensor | None, count: int) -> tuple[Captions, Captions | None]:
-        """The refined prompt for each picture, and prompt and negative prompt for both halves of a guided call."""
-        captions = self.transformer.encode_captions([positive]).repeat(count)
-        if negative is None:
-            return captions, None
-        return captions, self.transformer.encode_captions([positive, negative]).repeat(count)
+    def _prompts(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None) -> Prompts:
+        """The features refined, for each picture."""
+        count = len(request.seeds)
+        refine = self.transformer.encode_captions
+        early = None
+        if request.diversity.active:
+            early = refine([request.diversity.disturb(positive, seed) for seed in request.seeds])
+        return Prompts(
+            positive=refine([positive]).repeat(count),
+            negative=None if negative is None else refine([negative]).repeat(count),
+            early=early,
+            early_end=request.diversity.end,
+        )
 
-    def _begin(self, request: GenerateRequest, noise: Tensor, sigmas: list[float]) -> Beginning:
+    def _begin(self, request: GenerateRequest, noise: Tensor) -> Beginning:
+        sigmas = request.noise_levels()
         if request.start is None:
             return Beginning(sigmas, noise)
         return request.start.begin(noise, sigmas, self.encode_pictures)
@@ -143,13 +161,6 @@ class ZImagePipeline:
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
         self.report.seconds[stage] = time.perf_counter() - began
-
-
-def _sampler(name: str) -> samplers.Sampler:
-    try:
-        return samplers.get(name)
-    except KeyError:
-        raise UserError(f"There is no sampler {name!r}.", f"Known: {', '.join(samplers.names())}.") from None
 
 
 def _require_finite(tensor: Tensor, what: str) -> None:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from models.z_image.guidance import ClassifierFreeGuidance
-from models.z_image.transformer import Captions, ZImageTransformer
+from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
+from models.z_image.transformer import Captions, Nag, ZImageTransformer
 
 if TYPE_CHECKING:
     from models.z_image.conditions import Constrain, Signals
     from models.z_image.control import ControlSignal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompts:
+    """Refined captions, one per picture each.
+
+    early: stand in for `positive` while less than the share `early_end` of the steps is done.
+    """
+
+    positive: Captions
+    negative: Captions | None = None
+    early: Captions | None = None
+    early_end: float = 0.0
+
+    def positive_at(self, progress: float) -> Captions:
+        return self.positive if self.early is None or progress >= self.early_end else self.early
 
 
 class Predictor:
@@ -23,43 +43,78 @@ class Predictor:
     def __init__(
         self,
         transformer: ZImageTransformer,
-        guidance: ClassifierFreeGuidance,
-        positive: Captions,
-        both: Captions | None,
+        prompts: Prompts,
         *,
         sigmas: Sequence[float],
+        guidance: ClassifierFreeGuidance,
+        nag: NormalizedAttentionGuidance,
         signals: Signals | None = None,
         constrain: Constrain | None = None,
     ) -> None:
-        """positive: one caption per picture; both: those and the negative ones behind them.
-
-        sigmas: the schedule that is run, which tells how far a sigma is.
-        """
+        """sigmas: the schedule that is run, which tells how far a sigma is."""
         self.forwards = 0
-        self._transformer, self._guidance = transformer, guidance
-        self._positive, self._both = positive, both
+        self._transformer, self._prompts = transformer, prompts
+        self._guidance = guidance
+        self._nag = Nag(nag, prompts.negative) if nag.active and prompts.negative is not None else None
         self._rising = [-sigma for sigma in sigmas]  # bisect wants a rising list
         self._signals, self._constrain = signals, constrain
+        self._both_fit: bool | None = None  # both guided answers in one call; None until it is asked
 
-    def __call__(self, latents: Tensor, sigma: float) -> Tensor:
-        """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`."""
-        velocity = self._guided(latents, sigma)
+    def __call__(self, latents: Tensor, sigma: float, target: float | None = None) -> Tensor:
+        """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`. target: the sigma a step is for."""
+        velocity = -self._guided(latents, sigma, target)
         return velocity if self._constrain is None else self._constrain(latents, velocity, sigma)
 
-    def _guided(self, latents: Tensor, sigma: float) -> Tensor:
-        signal = None if self._signals is None else self._signals(self._progress(sigma))
-        if self._both is None or not self._guidance.active(sigma):
+    def _guided(self, latents: Tensor, sigma: float, target: float | None) -> Tensor:
+        progress = self._progress(sigma)
+        signal = None if self._signals is None else self._signals(progress)
+        positive, negative = self._prompts.positive_at(progress), self._prompts.negative
+        if negative is None or not self._guidance.active(sigma):
             self.forwards += 1
-            return -self._ask(latents, sigma, self._positive, signal)
+            return self._ask(latents, sigma, target, positive, signal)
         self.forwards += 2
-        answers = self._ask(latents.repeat(2, 1, 1, 1), sigma, self._both, signal)
-        return -self._guidance.combine(*answers.chunk(2))
+        if self._both_fit is None:
+            self._both_fit = _room_for_twice(self._transformer, latents)
+        if self._both_fit:
+            try:
+                both = positive.followed_by(negative)
+                answers = self._ask(latents.repeat(2, 1, 1, 1), sigma, target, both, signal)
+                return self._guidance.combine(*answers.chunk(2))
+            except torch.OutOfMemoryError:
+                log.warning("The two guided answers did not fit into memory together; one after the other instead.")
+                self._both_fit = False
+        return self._guidance.combine(
+            self._ask(latents, sigma, target, positive, signal), self._ask(latents, sigma, target, negative, signal)
+        )
 
-    def _ask(self, latents: Tensor, sigma: float, captions: Captions, signal: ControlSignal | None) -> Tensor:
-        # The network's time runs from 0 (noise) to 1 (data).
-        t = torch.full((len(latents),), 1 - sigma, dtype=torch.float32, device=latents.device)
-        return self._transformer(latents, t, captions, signal)
+    def _ask(
+        self, latents: Tensor, sigma: float, target: float | None, captions: Captions, signal: ControlSignal | None
+    ) -> Tensor:
+        """The network's x0 - noise."""
+        return self._transformer(
+            latents, _times(sigma, latents), captions, signal,
+            target=None if target is None else _times(target, latents), nag=self._nag,
+        )  # fmt: skip
 
     def _progress(self, sigma: float) -> float:
         """The share of the steps that are done where the schedule stands at `sigma`."""
         return min(bisect_left(self._rising, -sigma) / (len(self._rising) - 1), 1.0)
+
+
+def _times(sigma: float, latents: Tensor) -> Tensor:
+    """The network's time 1 - sigma runs from 0 (noise) to 1 (data). A target of sigma 0 is 0: so TwinFlow learned it."""
+    return torch.full((len(latents),), 1 - sigma if sigma else 0.0, dtype=torch.float32, device=latents.device)
+
+
+def _room_for_twice(transformer: ZImageTransformer, latents: Tensor) -> bool:
+    """Whether the GPU has memory for the activations of twice as many pictures; always true elsewhere."""
+    device = latents.device
+    if device.type != "cuda":
+        return True
+    config = transformer.config
+    tokens = 2 * latents[:, 0].numel() // config.patch_size**2
+    # A block's widest moment: w13's halves and their product; queries, keys, values, the stream, float32 rotations.
+    per_token = 3 * config.ffn_dim + 12 * config.dim
+    free = torch.cuda.mem_get_info(device)[0]
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # kept by torch, not in use
+    return tokens * per_token * transformer.dtype.itemsize < free

@@ -7,8 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from models.z_image.conditions import Control, Start
-from models.z_image.guidance import ClassifierFreeGuidance
+from models.z_image.control_config import ControlConfig
+from models.z_image.diversity import Diversity
+from models.z_image.editing import conditions_from_host
+from models.z_image.guidance import NAG_ALPHA, NAG_TAU, ClassifierFreeGuidance, NormalizedAttentionGuidance
+from models.z_image.noise import Variation
+from shared import samplers
 from shared.quant.errors import UserError
+from shared.samplers import schedules
 
 # Pictures are 8x the latents, patches 2x2 latents.
 SIZE_MULTIPLE = 16
@@ -24,11 +30,16 @@ class GenerateRequest:
     negative_prompt: str = ""
     width: int = 1024  # pixels, a multiple of 16
     height: int = 1024
-    steps: int = 8  # calls of the network per picture, twice as many with guidance
+    steps: int = 8  # of the sampler
     seeds: tuple[int, ...] = (0,)
+    variation: Variation | None = None
     sampler: str = ""
+    schedule: str = ""  # a name out of shared.samplers.schedules; empty for the sampler's own
+    sigmas: tuple[float, ...] = ()  # a schedule of one's own instead, falling to 0; its length decides the steps
     shift: float = DEFAULT_SHIFT
     guidance: ClassifierFreeGuidance = field(default_factory=ClassifierFreeGuidance)
+    nag: NormalizedAttentionGuidance = field(default_factory=NormalizedAttentionGuidance)
+    diversity: Diversity = field(default_factory=Diversity)
     start: Start | None = None  # a picture to start from; None starts from noise alone
     control: Control | None = None  # a control picture; None draws without
     tile: int = 0  # side of a decoding tile in latent cells, 0 in one piece
@@ -45,44 +56,106 @@ class GenerateRequest:
             raise UserError(f"{self.steps} steps cannot draw a picture.", "Use at least 1; Turbo is made for 8.")
         if self.shift <= 0:
             raise UserError(f"The flow shift {self.shift} is not above 0.", "Turbo uses 3, Base 6.")
+        if self.sampler and self.sampler not in samplers.names():
+            raise UserError(f"There is no sampler {self.sampler!r}.", f"Known: {', '.join(samplers.names())}.")
+        if self.schedule and self.schedule not in schedules.SCHEDULES:
+            raise UserError(f"There is no schedule {self.schedule!r}.", f"Known: {', '.join(schedules.SCHEDULES)}.")
+        if self.variation is not None and len(self.variation.seeds) != len(self.seeds):
+            raise UserError(
+                f"{len(self.variation.seeds)} variation seeds for {len(self.seeds)} pictures.", "Give one per picture."
+            )
+
+    @property
+    def needs_negative(self) -> bool:
+        """Whether the negative prompt has any part in the picture."""
+        return self.guidance.scale > 0 or self.nag.active
+
+    def noise_levels(self) -> list[float]:
+        """The sigmas of the whole walk. Raises UserError for typed sigmas that do not fall to 0."""
+        if self.sigmas:
+            try:
+                return schedules.custom(self.sigmas)
+            except ValueError as error:
+                raise UserError(f"{error}; got {list(self.sigmas)}.", "Example: 1, 0.9, 0.75, 0.5, 0.25.") from error
+        steps = samplers.steps_of(self.sampler, self.steps)
+        schedule = schedules.SCHEDULES[self.schedule] if self.schedule else samplers.get(self.sampler).schedule
+        return schedule(steps, self.shift)
 
 
-def from_host_kwargs(model_def: Mapping[str, Any], kwargs: Mapping[str, Any]) -> GenerateRequest:
+def from_host_kwargs(
+    model_def: Mapping[str, Any], kwargs: Mapping[str, Any], branch: ControlConfig | None = None
+) -> GenerateRequest:
     """Translate generate()'s keywords (wan2gp-contract C1d) into a request.
 
-    Keywords not named here are ignored on purpose: a real host passes some 110 for all its families. Those that ask
-    for something this version cannot do raise UserError, so that no picture silently lacks it.
+    branch: of the model's control branch, if it has one. Keywords not named here are ignored on purpose: a real host
+    passes some 110 for all its families. Those that ask for something this version cannot do raise UserError, so that
+    no picture silently lacks it.
     """
     _refuse_unsupported(model_def, kwargs)
     seed = kwargs.get("seed")
     seed = int(seed) if seed is not None and int(seed) >= 0 else _random_seed()
+    seeds = tuple(seed + i for i in range(int(kwargs.get("batch_size") or 1)))
     shift = kwargs.get("shift") if model_def.get("flow_shift") else None
+    guidance, nag = _guidance(kwargs)
+    sampler = kwargs.get("sample_solver") or ""
+    if model_def.get("unified_solver") and sampler in ("", "default"):
+        sampler = samplers.UNIFIED
+    width, height = int(kwargs.get("width") or 1024), int(kwargs.get("height") or 1024)
+    start, control = conditions_from_host(kwargs, branch, width=width, height=height)
     return GenerateRequest(
         prompt=kwargs.get("input_prompt") or "",
         negative_prompt=kwargs.get("n_prompt") or "",
-        width=int(kwargs.get("width") or 1024),
-        height=int(kwargs.get("height") or 1024),
+        width=width,
+        height=height,
+        start=start,
+        control=control,
         steps=int(kwargs.get("sampling_steps", 8)),
-        seeds=tuple(seed + i for i in range(int(kwargs.get("batch_size") or 1))),
-        sampler=kwargs.get("sample_solver") or "",
+        seeds=seeds,
+        variation=_variation(kwargs, seeds),
+        sampler=sampler,
+        schedule=kwargs.get("schedule") or "",
+        sigmas=tuple(kwargs.get("sigmas") or ()),
         shift=float(shift or DEFAULT_SHIFT),
-        guidance=ClassifierFreeGuidance(
-            scale=float(kwargs.get("guide_scale") or 0.0),
-            normalization=float(kwargs.get("cfg_normalization") or 0.0),
-            truncation=float(kwargs.get("cfg_truncation") or 1.0),
-        ),
+        guidance=guidance,
+        nag=nag,
+        diversity=Diversity(float(kwargs.get("diversity") or 0.0), float(kwargs.get("diversity_end", Diversity().end))),
         tile=_tile(kwargs.get("VAE_tile_size")),
     )
 
 
+def _guidance(kwargs: Mapping[str, Any]) -> tuple[ClassifierFreeGuidance, NormalizedAttentionGuidance]:
+    """The two ways of guiding, of which at most one is on.
+
+    As in Wan2GP, NAG works without classifier-free guidance: it is on if NAG_scale is above 1 and guide_scale is not.
+    """
+    scale = float(kwargs.get("guide_scale") or 0.0)
+    nag = NormalizedAttentionGuidance(
+        scale=float(kwargs.get("NAG_scale") or 1.0),
+        tau=float(kwargs.get("NAG_tau", NAG_TAU)),
+        alpha=float(kwargs.get("NAG_alpha", NAG_ALPHA)),
+    )
+    if nag.active and scale <= 1:
+        return ClassifierFreeGuidance(), nag
+    guidance = ClassifierFreeGuidance(
+        scale=scale,
+        normalization=float(kwargs.get("cfg_normalization") or 0.0),
+        truncation=float(kwargs.get("cfg_truncation") or 1.0),
+    )
+    return guidance, NormalizedAttentionGuidance()
+
+
+def _variation(kwargs: Mapping[str, Any], seeds: tuple[int, ...]) -> Variation | None:
+    strength = float(kwargs.get("variation_strength") or 0.0)
+    if strength <= 0:
+        return None
+    first = int(kwargs.get("variation_seed") or 0)
+    return Variation(strength, tuple(first + i for i in range(len(seeds))))
+
+
 def _refuse_unsupported(model_def: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
     asked = [
-        (float(kwargs.get("NAG_scale") or 1.0) > 1.0, "NAG (NAG_scale above 1)"),
-        (kwargs.get("input_frames") is not None, "a control picture"),
-        (kwargs.get("input_masks") is not None, "an inpainting mask"),
         (bool(kwargs.get("input_ref_images")), "reference pictures"),
         (kwargs.get("vae_upsampler") is not None, "a VAE upsampler"),
-        (bool(model_def.get("unified_solver")), "TwinFlow's unified sampler"),
     ]
     missing = [what for wanted, what in asked if wanted]
     if missing:

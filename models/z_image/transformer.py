@@ -32,12 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.z_image.attention import attend
+from models.z_image.attention import TwoViews, attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
 
 if TYPE_CHECKING:
     from models.z_image.control import ControlBranch, ControlSignal
+    from models.z_image.guidance import NormalizedAttentionGuidance
 
 
 class Captions(NamedTuple):
@@ -50,6 +51,19 @@ class Captions(NamedTuple):
         """The same captions for `count` times as many images, each caption's images side by side."""
         lengths = tuple(n for n in self.lengths for _ in range(count))
         return Captions(self.tokens_BLD.repeat_interleave(count, dim=0), lengths)
+
+    def followed_by(self, other: Captions) -> Captions:
+        """Both in one batch, the other's behind these."""
+        longest = max(self.lengths + other.lengths)
+        tokens = [F.pad(c.tokens_BLD, (0, 0, 0, longest - c.tokens_BLD.shape[1])) for c in (self, other)]
+        return Captions(torch.cat(tokens), self.lengths + other.lengths)
+
+
+class Nag(NamedTuple):
+    """Normalized attention guidance of one forward: how, and a negative caption for each image."""
+
+    guidance: NormalizedAttentionGuidance
+    negative: Captions
 
 
 class Rotation(NamedTuple):
@@ -69,6 +83,8 @@ class ZImageTransformer(nn.Module):
         self.x_embedder = nn.Linear(config.patch_dim, dim)
         self.x_pad_token = nn.Parameter(torch.empty(1, dim))
         self.t_embedder = TimestepEmbedder(config.time_dim, config.time_hidden_dim)
+        if config.has_second_time:
+            self.t_embedder_2 = TimestepEmbedder(config.time_dim, config.time_hidden_dim)
         self.cap_embedder = nn.Sequential(
             nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
         )
@@ -87,13 +103,21 @@ class ZImageTransformer(nn.Module):
         return self.x_pad_token.dtype
 
     def forward(
-        self, latents: Tensor, t: Tensor, captions: Captions | Sequence[Tensor], control: ControlSignal | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        captions: Captions | Sequence[Tensor],
+        control: ControlSignal | None = None,
+        *,
+        target: Tensor | None = None,
+        nag: Nag | None = None,
     ) -> Tensor:
         """Predict x0 - noise.
 
         latents: (B, 16, h, w), any float type, h and w even latent cells (picture pixels / 8).
         t: (B,) float32 model time in [0, 1], 1 - sigma. captions: what encode_captions() returned, or its input.
         control: steers through the control branch, which must be there.
+        target: (B,) the time the answer is for, of TwinFlow's weights. nag: guidance inside the layers' attention.
         Returns (B, 16, h, w) float32. Raises ValueError for odd sizes or a caption count other than B.
         """
         if not isinstance(captions, Captions):
@@ -109,7 +133,7 @@ class ZImageTransformer(nn.Module):
         count = rows * columns
         image_rope, joint_rope = self.rope.for_image(captions.lengths, rows, columns, latents.device)
         mask = _length_mask(captions.lengths, image_rope.cos.shape[1], latents.device)
-        time_BT = self.t_embedder(t * self.config.t_scale, self.dtype)
+        time_BT = self._embed_time(t, target)
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
         x_BND = pad_tokens(x_BND, image_rope.cos.shape[1], self.x_pad_token)
@@ -126,10 +150,16 @@ class ZImageTransformer(nn.Module):
         x_BSD = torch.cat([x_BND, captions.tokens_BLD], dim=1)
         if follower is not None:
             follower.join(x_BSD, captions.tokens_BLD, joint_rope, mask)
+        joint, rope = x_BSD.shape[1], joint_rope
+        view: Tensor | TwoViews | None = mask
+        if nag is not None:
+            x_BSD = torch.cat([x_BSD, nag.negative.tokens_BLD], dim=1)
+            rope = self.rope.with_negative(joint_rope, captions.lengths, nag.negative.lengths)
+            view = _two_views(x_BND.shape[1], captions, nag, mask)
         for i, block in enumerate(self.layers):
-            x_BSD = block(x_BSD, joint_rope, mask, time_BT)
-            if follower is not None:
-                x_BSD = follower.after_layer(i, x_BSD)
+            x_BSD = block(x_BSD, rope, view, time_BT)
+            if follower is not None:  # whose hints are for the image and its caption
+                x_BSD = torch.cat([follower.after_layer(i, x_BSD[:, :joint]), x_BSD[:, joint:]], dim=1)
 
         patches = self.final_layer(x_BSD[:, :count], time_BT)
         return unpatchify(patches.float(), rows, columns, patch)
@@ -148,6 +178,19 @@ class ZImageTransformer(nn.Module):
         for block in self.context_refiner:
             x_BLD = block(x_BLD, rope, mask, None)
         return Captions(x_BLD, lengths)
+
+    def _embed_time(self, t: Tensor, target: Tensor | None) -> Tensor:
+        """(B, T). TwinFlow's weights add the way to the target: its length times an embedding of it.
+
+        Both times may have a sign. Files that lost the second embedding get along with the first, from which it was
+        trained. Source: inclusionAI/TwinFlow diffusers_patch/z_image/transformer_z_image.py.
+        """
+        scale = self.config.t_scale
+        if target is None:
+            return self.t_embedder(t * scale, self.dtype)
+        second = self.t_embedder_2 if self.config.has_second_time else self.t_embedder
+        way = second((target - t) * scale, self.dtype) * (t - target).abs()[:, None].to(self.dtype)
+        return self.t_embedder(t.abs() * scale, self.dtype) + way
 
     def preprocess_loras(self, _model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Called by a Wan2GP host before mmgp loads a LoRA: rename and stack it for the fused linears."""
@@ -170,7 +213,7 @@ class Block(nn.Module):
             # A Sequential of one, because every checkpoint calls it adaLN_modulation.0
             self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * dim))
 
-    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | None, time_BT: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | TwoViews | None, time_BT: Tensor | None) -> Tensor:
         """One block over (B, S, D). `time_BT` is None for the context refiner, which has no modulation."""
         if time_BT is None:
             x_BSD = x_BSD + self.attention_norm2(self.attention(self.attention_norm1(x_BSD), rope, mask))
@@ -193,7 +236,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | TwoViews | None) -> Tensor:
         q_BSHE, k_BSHE, v_BSHE = self.qkv(x_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         q_BSHE = rotate(self.q_norm(q_BSHE), rope)
         k_BSHE = rotate(self.k_norm(k_BSHE), rope)
@@ -253,6 +296,7 @@ class RotaryAxes(nn.Module):
         super().__init__()
         self.axes_dims, self.axes_lens, self.theta = config.axes_dims, config.axes_lens, config.rope_theta
         self._last: tuple[object, tuple[Rotation, Rotation]] | None = None
+        self._last_negative: tuple[object, Rotation] | None = None
 
     def for_caption(self, length: int, device: torch.device) -> Rotation:
         """Positions (1 + i, 0, 0) of the longest caption; shorter ones use its beginning."""
@@ -277,6 +321,24 @@ class RotaryAxes(nn.Module):
             self._last = key, (Rotation(joint.cos[:, :count], joint.sin[:, :count]), joint)
         return self._last[1]
 
+    def with_negative(self, joint: Rotation, lengths: Sequence[int], negative: Sequence[int]) -> Rotation:
+        """`joint` (from for_image) followed by the negative captions, each as far before the image as if alone with it.
+
+        lengths, negative: padded lengths of each image's caption and negative caption. Attention sees differences of
+        positions only, so a negative caption of another length need not be cut or filled up.
+        """
+        pairs = list(zip(lengths, negative, strict=True))
+        pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
+        key = (tuple(pairs), joint.cos.shape, joint.cos.device)
+        if self._last_negative is None or self._last_negative[0] != key:
+            positions = _caption_positions(max(negative)).repeat(len(pairs), 1, 1)
+            positions[:, :, 0] += torch.tensor([[mine - other] for mine, other in pairs], device="cpu")
+            tail = self._rotation(positions, joint.cos.device)
+            rows = max(len(pairs), len(joint.cos))
+            wide = [tuple(x.expand(rows, -1, -1, -1) for x in table) for table in (joint, tail)]
+            self._last_negative = key, Rotation(*(torch.cat(halves, dim=1) for halves in zip(*wide, strict=True)))
+        return self._last_negative[1]
+
     def _rotation(self, positions: Tensor, device: torch.device) -> Rotation:
         """positions: (B, tokens, 3) integers. Angles in float64, rounded once to float32, as the reference does.
 
@@ -288,6 +350,12 @@ class RotaryAxes(nn.Module):
             angles.append(positions[..., axis, None].double() / self.theta**exponents)
         table = torch.cat(angles, dim=-1).float()[:, :, None]
         return Rotation(table.cos().to(device), table.sin().to(device))
+
+
+def _two_views(image: int, captions: Captions, nag: Nag, mask: Tensor | None) -> TwoViews:
+    negative = nag.negative
+    negative_mask = _length_mask(negative.lengths, image, negative.tokens_BLD.device)
+    return TwoViews(image, captions.tokens_BLD.shape[1], mask, negative_mask, nag.guidance.combine)
 
 
 def _caption_positions(length: int) -> Tensor:

@@ -102,19 +102,24 @@ class model_factory:
         as callback(-1, None, True, steps) first, then callback(i, latents of the first picture (16, 1, h, w), False).
         Raises UserError for what cannot be drawn, RunError when the result is not finite.
         """
-        request = from_host_kwargs(self.model_def, kwargs)
-        announce = _host_lora_steps(self.transformer, loras_slists, request.steps)
-        if callback is not None:
-            callback(-1, None, True, request.steps)
-        announce(0)
+        branch = self.transformer.control
+        request = from_host_kwargs(self.model_def, kwargs, None if branch is None else branch.config)
+        announce: Callable[[int], None] | None = None
+
+        def on_begin(steps: int) -> None:
+            nonlocal announce
+            announce = _host_lora_steps(self.transformer, loras_slists, steps)
+            if callback is not None:
+                callback(-1, None, True, steps)
+            announce(0)
 
         def on_step(step: Step) -> None:
             if callback is not None:
                 callback(step.index, step.latents[0][:, None], False)
-            if step.index + 1 < step.total:
+            if announce is not None and step.index + 1 < step.total:
                 announce(step.index + 1)
 
-        pictures = self.pipeline(request, on_step, lambda: self._interrupt)
+        pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin)
         return None if pictures is None else pictures.transpose(0, 1)
 
     def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[float]) -> list[lora.Match]:

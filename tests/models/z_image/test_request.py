@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from models.z_image.noise import Variation
 from models.z_image.request import GenerateRequest, from_host_kwargs
 from shared.quant.errors import UserError
+from shared.samplers import schedules
 
 
 def test_host_names_are_understood_and_foreign_ones_ignored() -> None:
@@ -46,7 +48,6 @@ def test_a_size_that_does_not_divide_names_the_nearest_two(size: int) -> None:
     ("kwargs", "says"),
     [
         ({"sampling_steps": 0}, "0 steps"),
-        ({"NAG_scale": 3.0}, "NAG"),
         ({"input_frames": object()}, "control picture"),
     ],
 )
@@ -55,6 +56,56 @@ def test_what_cannot_be_drawn_is_said(kwargs: dict, says: str) -> None:
         from_host_kwargs({}, kwargs)
 
 
-def test_a_preset_for_the_unified_sampler_is_refused() -> None:
-    with pytest.raises(UserError, match="unified sampler"):
-        from_host_kwargs({"unified_solver": True}, {})
+@pytest.mark.parametrize(("asked", "taken"), [("", "unified"), ("default", "unified"), ("euler", "euler")])
+def test_a_preset_for_the_unified_sampler_gets_it_unless_another_is_asked_for(asked: str, taken: str) -> None:
+    assert from_host_kwargs({"unified_solver": True}, {"sample_solver": asked}).sampler == taken
+
+
+@pytest.mark.parametrize(
+    ("guide", "nag", "guided", "with_nag"),
+    [(0, 1, False, False), (0, 4, False, True), (1, 4, False, True), (1, 1, True, False), (4, 4, True, False)],
+)
+def test_nag_works_without_guidance_and_guidance_without_nag(
+    guide: float, nag: float, guided: bool, with_nag: bool
+) -> None:
+    request = from_host_kwargs({}, {"guide_scale": guide, "NAG_scale": nag, "NAG_tau": 2.5, "NAG_alpha": 0.25})
+
+    assert (request.guidance.scale > 0, request.nag.active) == (guided, with_nag)
+    assert request.needs_negative == (guided or with_nag)
+    if with_nag:
+        assert (request.nag.scale, request.nag.tau, request.nag.alpha) == (4, 2.5, 0.25)
+
+
+def test_every_picture_of_a_batch_has_its_own_variation_seed() -> None:
+    request = from_host_kwargs({}, {"seed": 5, "batch_size": 2, "variation_strength": 0.2, "variation_seed": 30})
+
+    assert request.variation is not None
+    assert (request.variation.strength, request.variation.seeds) == (0.2, (30, 31))
+
+
+def test_schedules_are_chosen_by_name_or_typed() -> None:
+    beta = from_host_kwargs({}, {"schedule": "beta", "sampling_steps": 4})
+    typed = from_host_kwargs({}, {"sigmas": [1, 0.6, 0.2], "sampling_steps": 8})
+    fixed = from_host_kwargs({}, {"sample_solver": "unified_2s", "sampling_steps": 8})
+
+    assert beta.noise_levels() == schedules.beta(4, 3.0)
+    assert typed.noise_levels() == [1, 0.6, 0.2, 0]
+    assert fixed.noise_levels() == pytest.approx([0.999, 0.6, 0])
+
+
+@pytest.mark.parametrize(
+    ("request_with", "says"),
+    [
+        ({"sampler": "eular"}, r"no sampler 'eular'.*euler"),
+        ({"schedule": "betta"}, r"no schedule 'betta'.*beta"),
+        ({"variation": Variation(0.5, (1, 2))}, "2 variation seeds for 1 pictures"),
+    ],
+)
+def test_unknown_names_list_the_known_ones(request_with: dict, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        GenerateRequest(prompt="x", **request_with)
+
+
+def test_typed_sigmas_that_rise_are_refused_with_an_example() -> None:
+    with pytest.raises(UserError, match=r"numbers that fall.*got \[0.5, 0.7\].*Example"):
+        GenerateRequest(prompt="x", sigmas=(0.5, 0.7)).noise_levels()

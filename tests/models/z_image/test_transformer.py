@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
+from safetensors.torch import save_file
 
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer, patchify, unpatchify
@@ -71,6 +72,34 @@ def test_a_picture_does_not_depend_on_its_neighbours_in_the_batch(ours: ZImageTr
 def test_odd_latents_are_refused(ours: ZImageTransformer) -> None:
     with pytest.raises(ValueError, match="9x8 cells do not divide"):
         ours(torch.randn(1, 16, 8, 9), torch.zeros(1), [torch.randn(4, TINY.cap_feat_dim)])
+
+
+@pytest.mark.parametrize("name", ["t_embedder_2", "extended_weights.t_embedder_2"])
+def test_twinflow_adds_the_way_to_its_target(
+    reference_transformer: ZImageTransformer2DModel, tmp_path: Path, name: str
+) -> None:
+    """E1(|t|) + |t - tt| E2(tt - t), written out on the embedding's own output."""
+    state = reference_transformer.state_dict()
+    second = {
+        f"{name}.mlp.{part}": torch.randn_like(state[f"t_embedder.mlp.{part}"])
+        for part in ("0.weight", "0.bias", "2.weight", "2.bias")
+    }
+    save_file(state | second, tmp_path / "twinflow.safetensors")
+    model = load_transformer(tmp_path / "twinflow.safetensors", torch.float32)
+    t, target = torch.tensor([0.001, 0.4]), torch.tensor([0.0, 0.7])
+
+    ours = model._embed_time(t, target)
+
+    way = (t - target).abs()[:, None] * model.t_embedder_2((target - t) * 1000, torch.float32)
+    torch.testing.assert_close(ours, model.t_embedder(t * 1000, torch.float32) + way)
+    torch.testing.assert_close(model.t_embedder_2.mlp[0].weight, second[f"{name}.mlp.0.weight"])
+
+
+def test_twinflow_without_its_second_embedding_uses_the_first(ours: ZImageTransformer) -> None:
+    t, target = torch.tensor([0.2]), torch.tensor([0.5])
+
+    expected = ours.t_embedder(t * 1000, torch.float32) + 0.3 * ours.t_embedder((target - t) * 1000, torch.float32)
+    torch.testing.assert_close(ours._embed_time(t, target), expected)
 
 
 def test_patches_list_row_column_channel() -> None:
