@@ -13,6 +13,7 @@ from torch import Tensor
 import shared.samplers as samplers
 from models.z_image import autoencoder
 from models.z_image.conditions import Beginning
+from models.z_image.lora import LoraSet
 from models.z_image.noise import NoiseSource
 from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
@@ -40,6 +41,7 @@ class Report:
     forwards: int = 0  # calls of the network per picture; a guided step counts two
     sigmas: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what was done otherwise than asked, in words
 
 
 class ZImagePipeline:
@@ -52,6 +54,7 @@ class ZImagePipeline:
         self.text_encoder = text_encoder
         self.vae = vae
         self.device = device
+        self.loras = LoraSet(transformer, text_encoder.model)
         self.report = Report()
 
     def __call__(
@@ -67,6 +70,7 @@ class ZImagePipeline:
         not finite.
         """
         self.report = Report()
+        self.loras.begin(request.steps)  # the prompt is encoded at the first step's strengths
         positive, negative = self._timed("text", lambda: self.encode(request))
         latents: Tensor | None = None
         began = time.perf_counter()
@@ -88,7 +92,8 @@ class ZImagePipeline:
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
         """Features (tokens, width) of the prompt, and of the negative prompt when the guidance will need it."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.needs_negative else [])
-        features = self.text_encoder.encode(prompts, self.device)
+        tell = self.report.notes.append
+        features = self.text_encoder.encode(prompts, self.device, long_prompt=request.long_prompt, tell=tell)
         for prompt, feature in zip(prompts, features, strict=True):
             _require_finite(feature, f"the text encoder's features of {prompt!r:.60}")
         return features[0], features[1] if len(features) > 1 else None
@@ -106,13 +111,14 @@ class ZImagePipeline:
         source = NoiseSource(request.seeds, shape, request.variation)
         begun = self._begin(request, source.start().to(self.device))
         self.report.sigmas = list(begun.sigmas)
+        total = len(begun.sigmas) - 1
+        self.loras.begin(total)
         predict = Predictor(
             self.transformer, self._prompts(request, positive, negative), sigmas=begun.sigmas,
             guidance=request.guidance, nag=request.nag,
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
         )  # fmt: skip
-        total = len(begun.sigmas) - 1
         on_begin(total)
         walk = samplers.get(request.sampler).sample(
             predict, begun.latents, begun.sigmas, lambda: source.draw().to(self.device)
@@ -120,6 +126,8 @@ class ZImagePipeline:
         for index, latents in enumerate(walk):
             self.report.forwards = predict.forwards
             yield Step(index, total, begun.sigmas[index + 1], latents)
+            if self.loras.set_step(index + 1):
+                predict.set_prompts(self._prompts(request, positive, negative))
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:

@@ -53,12 +53,18 @@ class Predictor:
     ) -> None:
         """sigmas: the schedule that is run, which tells how far a sigma is."""
         self.forwards = 0
-        self._transformer, self._prompts = transformer, prompts
-        self._guidance = guidance
-        self._nag = Nag(nag, prompts.negative) if nag.active and prompts.negative is not None else None
+        self._transformer = transformer
+        self._guidance, self._attention_guidance = guidance, nag
+        self.set_prompts(prompts)
         self._rising = [-sigma for sigma in sigmas]  # bisect wants a rising list
         self._signals, self._constrain = signals, constrain
         self._both_fit: bool | None = None  # both guided answers in one call; None until it is asked
+
+    def set_prompts(self, prompts: Prompts) -> None:
+        """Answer for these from now on."""
+        self._prompts = prompts
+        negative = prompts.negative if self._attention_guidance.active else None
+        self._nag = None if negative is None else Nag(self._attention_guidance, negative)
 
     def __call__(self, latents: Tensor, sigma: float, target: float | None = None) -> Tensor:
         """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`. target: the sigma a step is for."""
@@ -102,7 +108,7 @@ class Predictor:
 
 
 def _times(sigma: float, latents: Tensor) -> Tensor:
-    """The network's time 1 - sigma runs from 0 (noise) to 1 (data). A target of sigma 0 is 0: so TwinFlow learned it."""
+    """The network's time 1 - sigma runs from 0 (noise) to 1 (data). A target of sigma 0 is 0: TwinFlow learned so."""
     return torch.full((len(latents),), 1 - sigma if sigma else 0.0, dtype=torch.float32, device=latents.device)
 
 

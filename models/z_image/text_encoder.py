@@ -9,9 +9,9 @@ Source: diffusers 0.42.1 pipelines/z_image/pipeline_z_image.py, _encode_prompt.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,14 @@ TEMPLATE = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
 # Caption and image share the first rotary axis: 1536 positions, of which the image takes one.
 MAX_TOKENS = AXES_LENS[0] - SEQUENCE_MULTIPLE
 
+# What the reference pipelines give the encoder at most, cutting the rest off: the length the model was trained with.
+TRAINED_TOKENS = 512
+
 # Qwen3 constants that no tensor shows: Qwen/Qwen3-4B config.json.
 ROPE_THETA = 1_000_000.0
 NORM_EPS = 1e-6
+
+LongPrompt = Literal["keep", "cut", "refuse"]
 
 # An embedding is about 2560 numbers a token, so this many prompts of 100 tokens take some 130 MB.
 CACHE_SIZE = 128
@@ -46,28 +51,51 @@ class TextEncoder:
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()  # by token ids
         self.encoded = 0  # prompts that were really run, for tests and reports
 
-    def encode(self, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
+    def encode(
+        self,
+        prompts: Sequence[str],
+        device: torch.device,
+        *,
+        long_prompt: LongPrompt = "keep",
+        tell: Callable[[str], None] = lambda note: None,
+    ) -> list[Tensor]:
         """Features of each prompt, (tokens, width) in the encoder's type on `device`.
 
-        Raises UserError for a prompt of more than 1504 tokens, the most that the transformer has positions for.
+        long_prompt: what becomes of a prompt of more than 512 tokens, the template's eight among them: "keep" takes it
+        whole, "cut" its first 512 as the reference pipelines do, which `tell` is told, "refuse" raises UserError.
+        More than 1504 raise UserError in any case but "cut": the transformer has positions for no more.
         """
-        return [self._features(prompt, device).to(device) for prompt in prompts]
+        return [self._features(self._fitted(p, long_prompt, tell), device).to(device) for p in prompts]
 
-    def _features(self, prompt: str, device: torch.device) -> Tensor:
-        if prompt in self._cache:
-            self._cache.move_to_end(prompt)
-            return self._cache[prompt]
-        ids = self.tokenizer(TEMPLATE.format(prompt=prompt), add_special_tokens=False)["input_ids"]
-        if len(ids) > MAX_TOKENS:
-            raise UserError(f"The prompt has {len(ids)} tokens; the model takes at most {MAX_TOKENS}.", "Shorten it.")
+    def _fitted(self, prompt: str, long_prompt: LongPrompt, tell: Callable[[str], None]) -> tuple[int, ...]:
+        """The token ids of the prompt in its template, as many as are taken."""
+        ids: list[int] = self.tokenizer(TEMPLATE.format(prompt=prompt), add_special_tokens=False)["input_ids"]
+        begins = f"The prompt {prompt[:30]!r}... has {len(ids)} tokens"
+        if long_prompt == "cut" and len(ids) > TRAINED_TOKENS:
+            lost = self.tokenizer.decode(ids[TRAINED_TOKENS:], skip_special_tokens=True).removesuffix("\nassistant\n")
+            tell(f"{begins} and was cut to {TRAINED_TOKENS}, before {lost[:60]!r}.")
+            return tuple(ids[:TRAINED_TOKENS])
+        limit = TRAINED_TOKENS if long_prompt == "refuse" else MAX_TOKENS
+        if len(ids) > limit:
+            raise UserError(f"{begins}; at most {limit} are taken.", "Shorten it, or --set long_prompt=cut.")
+        return tuple(ids)
+
+    def forget(self) -> None:
+        """Encode every prompt anew: the encoder's weights are different now."""
+        self._cache.clear()
+
+    def _features(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
+        if ids in self._cache:
+            self._cache.move_to_end(ids)
+            return self._cache[ids]
         with torch.no_grad():
-            output = self.model(input_ids=torch.tensor([ids], device=device), use_cache=False)
+            output = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
         features = output.last_hidden_state[0].cpu()
         self.encoded += 1
-        self._cache[prompt] = features
+        self._cache[ids] = features
         if len(self._cache) > CACHE_SIZE:
             self._cache.popitem(last=False)
         return features

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.z_image import lora
 from models.z_image.autoencoder import load_vae
 from models.z_image.loader import load_transformer
+from models.z_image.lora import Match, Strength
 from models.z_image.pipeline import Step, ZImagePipeline
 from models.z_image.request import from_host_kwargs
 from models.z_image.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
@@ -94,6 +94,7 @@ class model_factory:
         *,
         callback: StepCallback | None = None,
         loras_slists: Any = None,
+        set_progress_status: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
         """Draw: (3, N, H, W) float32 in [-1, 1] for a batch of N, or None when interrupted.
@@ -109,6 +110,8 @@ class model_factory:
         def on_begin(steps: int) -> None:
             nonlocal announce
             announce = _host_lora_steps(self.transformer, loras_slists, steps)
+            for note in self.pipeline.report.notes if set_progress_status is not None else ():
+                set_progress_status(note)
             if callback is not None:
                 callback(-1, None, True, steps)
             announce(0)
@@ -122,9 +125,19 @@ class model_factory:
         pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin)
         return None if pictures is None else pictures.transpose(0, 1)
 
-    def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[float]) -> list[lora.Match]:
-        """Put these LoRA files, and no others, beside the transformer's linears; an empty list takes all off."""
-        return lora.apply(self.transformer, [lora.read(Path(f)) for f in files], multipliers)
+    def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[Strength]) -> list[Match]:
+        """Put these LoRA files, and no others, beside the linears; an empty list takes all off.
+
+        multipliers: a number each, or phases, each a list of numbers spread over the phase's steps. Returns what of
+        each file found a place. Raises UserError for a file for another model, CheckpointError for one that is broken;
+        then the LoRAs stay as they were.
+        """
+        loras = self.pipeline.loras
+        touched = loras.touches_encoder
+        matches = loras.apply([Path(file) for file in files], multipliers)
+        if touched or loras.touches_encoder:
+            self.pipeline.text_encoder.forget()
+        return matches
 
     def get_loras_transformer(self, *_: Any, **__: Any) -> tuple[list[str], list[float]]:
         """LoRAs the model itself wants besides the user's: none."""
