@@ -26,9 +26,15 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "shared.samplers": (),
     "shared.utils": (),
     "shared.RGB_factors": (),
+    "shared.preprocess": L0,
     "models": (),
     "models.*": (*L0, *HOST_API),
-    "shared.app": (*L0, "shared.utils", "shared.RGB_factors"),  # models by name only, through the handler
+    "shared.app": (
+        *L0,
+        "shared.utils",
+        "shared.RGB_factors",
+        "shared.preprocess",
+    ),  # models by name only, through the handler
     "shared.cli": ("shared.app", *L0),
     "shared.ui": ("shared.app", *L0),
     "shared.bench": ("shared.app", *L0),

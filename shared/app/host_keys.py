@@ -14,11 +14,11 @@ HOST_SETTING_KEYS = frozenset(
     audio_guide audio_guide2 audio_prompt_type audio_scale audio_source cfg_star_switch cfg_zero_step
     client_id config control_net_weight2 control_net_weight_alt custom_guide custom_settings
     duration_seconds embedded_guidance_scale film_grain_intensity film_grain_saturation force_fps
-    frames_positions guidance2_scale guidance3_scale guidance_phases image_end image_guide image_mask
-    image_mode image_prompt_type image_refs image_refs_relative_size image_start input_video_strength
+    frames_positions guidance2_scale guidance3_scale guidance_phases image_end
+    image_mode image_prompt_type image_refs image_refs_relative_size input_video_strength
     keep_frames_video_guide keep_frames_video_source keep_intermediate_sliding_windows lset_name
-    mask_expand masking_strength min_frames_if_references model_mode model_switch_phase motion_amplitude
-    multi_images_gen_type multi_prompts_gen_type output_filename override_attention override_profile
+    masking_strength min_frames_if_references model_mode model_switch_phase motion_amplitude
+    multi_images_gen_type output_filename override_attention override_profile
     pause_seconds perturbation_end_perc perturbation_layers perturbation_start_perc perturbation_switch
     postprocess_audio postprocess_audio_neg_prompt postprocess_audio_prompt prompt_enhancer
     remove_background_images_ref repeat_generation replace_voice_method replace_voice_sample
@@ -34,11 +34,12 @@ HOST_SETTING_KEYS = frozenset(
     """.split()  # noqa: SIM905  a list would be one name a line
 )
 
-# What is saved beside the settings: facts about one picture, not settings of the next. "provenance" is our own.
+# What is saved beside the settings: facts about one picture, not settings of the next. "provenance"
+# and "prompt_template" are our own.
 RECORD_KEYS = frozenset(
     """
     base_model_type creation_date creation_timestamp enhanced_prompt generation_time image_quality mode
-    model_filename model_type modules provenance settings_version state transformer_loras_filenames
+    model_filename model_type modules prompt_template provenance settings_version state transformer_loras_filenames
     transformer_loras_multipliers type video_quality
     """.split()  # noqa: SIM905  a list would be one name a line
 )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.download import DownloadCancelled, DownloadProgress
+from shared.app.editing import Edit, Pass, open_edit
 from shared.app.loading import LoadedModel, ModelHolder
 from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
 from shared.app.metadata import build_record, save_image
@@ -30,6 +31,8 @@ from shared.app.plan import (
     requested_device,
 )
 from shared.app.presets import Preset
+from shared.app.prompts import WILDCARD_FOLDER, pictures
+from shared.app.settings import MAX_SEED
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import RunError
 
@@ -141,7 +144,7 @@ class ModelSession:
         should_stop: ShouldStop | None = None,
         output: Path | str | None = None,
     ) -> GenerationResult:
-        """Draw settings.batch_size pictures and save each with its record.
+        """Draw settings.batch_size pictures of each prompt and save each with its record.
 
         on_event: called in this thread. should_stop: asked at least once a step; a generation that is stopped
         returns the pictures it has finished. output: a file or a folder, see `resolve_output`.
@@ -243,6 +246,7 @@ class _Run:
         self._settings = settings
         self._announce = announce
         self._should_stop = should_stop
+        self._alone: Sequence[GenerationSettings] = ()  # the settings of each picture
         self._images: list[ImageDone] = []
         self._forwards = 0
         self._seconds = dict.fromkeys(STAGES, 0.0)
@@ -253,7 +257,8 @@ class _Run:
         cancelled = False
         reset_peak_vram()
         try:
-            place = resolve_output(output, self._ctx.output_folder, self._settings.batch_size)
+            self._alone = pictures(self._settings, self._ctx.root / WILDCARD_FOLDER)
+            place = resolve_output(output, self._ctx.output_folder, len(self._alone))
             place.prepare()  # before the model is loaded: no minute of loading for a slip of the pen
             self._draw(place)
         except (_Stopped, DownloadCancelled):
@@ -279,6 +284,9 @@ class _Run:
         # Mistakes show in the plan: a first one is made without waiting for torch, where that is possible.
         make_plan(self._ctx, self._preset, self._settings, find_machine_quickly(self._preset, device))
         plan = make_plan(self._ctx, self._preset, self._settings, find_machine(self._preset, device))
+        edit = open_edit(self._settings, plan.preset.model_def, self._ctx.output_folder)
+        for note in edit.notes:
+            self._announce(Status(f"{note[0].upper()}{note[1:]}."))
         planned = time.perf_counter()
         if plan.missing:
             self._fetch(plan.missing)
@@ -290,12 +298,12 @@ class _Run:
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)))
         self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded)
 
-        clock = _Clock(images=self._settings.batch_size, steps=self._settings.num_inference_steps)
-        for index in range(self._settings.batch_size):
+        clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
+        for index in range(len(self._alone)):
             self._stop_if_asked()
-            picture, seconds = self._draw_one(model, index, clock)
+            picture, seconds = self._draw_one(model, edit, index, clock)
             self._files = hashes.result()
-            self._save(place, plan, picture, index, seconds)
+            self._save(place, plan, edit, picture, index, seconds)
             clock.image_done()
 
     def _fetch(self, missing: Iterable[PlannedFile]) -> None:
@@ -310,51 +318,80 @@ class _Run:
                 should_stop=self._should_stop,
             )
 
-    def _draw_one(self, model: LoadedModel, index: int, clock: _Clock) -> tuple[Image.Image, float]:
-        """Picture `index` and the seconds it took."""
+    def _draw_one(self, model: LoadedModel, edit: Edit, index: int, clock: _Clock) -> tuple[Image.Image, float]:
+        """Picture `index`, by as many drawings as the edit asks for, and the seconds it took."""
+        settings = self._alone[index]
+        began = time.perf_counter()
+        self._forwards = 0
+        drawn = 0
+
+        def draw(asked: Pass) -> Image.Image:
+            nonlocal drawn
+            picture = self._draw_pass(model, settings, asked, index, clock, drawn, edit.passes)
+            drawn += 1
+            return picture
+
+        return edit.draw(draw), time.perf_counter() - began
+
+    def _draw_pass(
+        self,
+        model: LoadedModel,
+        settings: GenerationSettings,
+        asked: Pass,
+        index: int,
+        clock: _Clock,
+        drawn: int,
+        passes: int,
+    ) -> Image.Image:
+        """One drawing of picture `index`, after `drawn` of `passes`."""
         import torch
 
-        settings = self._settings.for_image(index)
-        began = time.perf_counter()
         model.processor._interrupt = False
+        seed = (settings.seed + asked.seed) % (MAX_SEED + 1)
+        steps = settings.num_inference_steps
 
-        def on_step(step: int, latents: Tensor | None = None, *_: Any) -> None:
+        def on_step(step: int, latents: Tensor | None = None, _first: bool = False, total: int | None = None) -> None:
+            nonlocal steps
             if self._should_stop():
                 model.processor._interrupt = True
             if step < 0 or latents is None:  # the announcement before the first step
+                steps = total or steps
+                clock.steps = steps * passes
                 return
-            done, steps = step + 1, settings.num_inference_steps
-            _require_finite(latents, f"the latents after step {done} of {steps}", self._preset, settings.seed)
+            done = drawn * steps + step + 1
+            _require_finite(latents, f"the latents after step {step + 1} of {steps}", self._preset, seed)
             left = clock.step_done(done)
-            self._announce(StepDone(index + 1, self._settings.batch_size, done, steps, left))
+            self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left))
 
         try:
             result = model.processor.generate(
-                **settings.host_kwargs(),
+                **{**settings.host_kwargs(), **asked.host_kwargs(), "seed": seed},
                 callback=on_step,
                 set_progress_status=lambda text: self._announce(Status(str(text))),
             )
         except torch.OutOfMemoryError as error:
-            size = f"{settings.width}x{settings.height}"
+            size = f"{asked.width}x{asked.height}"
             raise RunError(
                 f"The GPU ran out of memory while drawing {self._preset.id} at {size}: {error}",
                 "Take a smaller size, decode in tiles (--set VAE_tile_size=64), or a higher --profile.",
             ) from error
         if result is None:
             raise _Stopped
-        _require_finite(result, "the decoded picture", self._preset, settings.seed)
+        _require_finite(result, "the decoded picture", self._preset, seed)
         report = model.processor.report
-        self._forwards = int(report["forwards"])
+        self._forwards += int(report["forwards"])
         for stage, seconds in report["seconds"].items():
             self._seconds[stage] += seconds
-        return to_image(result), time.perf_counter() - began
+        return to_image(result)
 
-    def _save(self, place: OutputPlace, plan: GenerationPlan, picture: Image.Image, index: int, seconds: float) -> None:
-        settings = self._settings.for_image(index)
+    def _save(
+        self, place: OutputPlace, plan: GenerationPlan, edit: Edit, picture: Image.Image, index: int, seconds: float
+    ) -> None:
+        settings = self._alone[index]
         created = datetime.now().astimezone()
         names = {role: [f.path.name for f in plan.files if f.role == role and f.path] for role in WEIGHT_ROLES}
         record = build_record(
-            settings.as_record(),
+            settings.as_record() | edit.keep_sources(self._ctx.output_folder),
             defaults=plan.preset.settings,
             preset_id=plan.preset.id,
             preset_name=plan.preset.name,
@@ -371,11 +408,12 @@ class _Run:
                 "attention": plan.attention.value,
                 # names only: a picture that is passed on should not tell where its maker keeps files
                 "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
+                **({"pictures": edit.hashes} if edit.sources else {}),
             },
         )
         path = place.path_for(settings, index, created)
         save_image(path, picture, record)
-        done = ImageDone(path, settings.seed, record, index + 1, self._settings.batch_size)
+        done = ImageDone(path, settings.seed, record, index + 1, len(self._alone))
         self._images.append(done)
         self._announce(done)
 
@@ -388,7 +426,7 @@ class _Clock:
     """Estimates the seconds left from the steps and pictures so far."""
 
     def __init__(self, *, images: int, steps: int) -> None:
-        self._images, self._steps = images, steps
+        self._images, self.steps = images, steps  # steps: of one picture
         self._started = self._step_at = time.perf_counter()
         self._step_seconds: list[float] = []
         self._image_seconds: list[float] = []
@@ -406,7 +444,7 @@ class _Clock:
             per_image = sum(self._image_seconds) / len(self._image_seconds)
             return max(0.0, per_image * (images_left + 1) - (now - self._started))
         per_step = sum(self._step_seconds) / len(self._step_seconds)
-        return per_step * (self._steps - step + images_left * self._steps)
+        return per_step * (self.steps - step + images_left * self.steps)
 
     def image_done(self) -> None:
         now = time.perf_counter()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shared import samplers
+from shared.app.edit_settings import EditSettings
 from shared.app.host_keys import HOST_SETTING_KEYS, RECORD_KEYS
 from shared.app.presets import LoraChoice, Preset, pair_loras
 from shared.app.schema import (
@@ -72,6 +73,7 @@ class GenerationSettings:
     VAE_tile_size: int | None = None
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
+    edit: EditSettings = field(default_factory=EditSettings)
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -132,6 +134,7 @@ class GenerationSettings:
             VAE_tile_size=_tile_size(values.get("VAE_tile_size")),
             cfg_normalization=float(values["cfg_normalization"]),
             cfg_truncation=float(values["cfg_truncation"]),
+            edit=EditSettings.build({**values, "video_prompt_type": merged.get("video_prompt_type")}),
             extra={key: value for key, value in merged.items() if key in HOST_SETTING_KEYS and value is not None},
             notes=(*notes, *lora_notes),
         )
@@ -160,6 +163,7 @@ class GenerationSettings:
             "denoising_strength": self.denoising_strength,
             "control_net_weight": self.control_net_weight,
             **loras_as_host_settings(self.loras),
+            **self.edit.as_record(),
         }
         if self.flow_shift is not None:
             record["flow_shift"] = self.flow_shift

@@ -29,17 +29,24 @@ def generate(ctx: AppContext, args: argparse.Namespace) -> int:
     """Draw pictures: progress on stderr, paths (or with --json one object in the last line) on stdout."""
     from shared.app.context import DEFAULT_PRESET
     from shared.app.output import resolve_output
+    from shared.app.prompts import WILDCARD_FOLDER, pictures
     from shared.app.settings import GenerationSettings
 
     preset = ctx.presets.get(args.preset or DEFAULT_PRESET)
     settings = GenerationSettings.build(preset, ctx.saved_settings(preset), overrides_of(args))
     for note in (*preset.notes, *settings.notes):
         print(note, file=sys.stderr)
+    if args.control_preview:
+        from shared.cli.edit import save_control_preview
+
+        print(save_control_preview(ctx, preset, settings, args.control_preview))
+        return DONE
+    count = len(pictures(settings, ctx.root / WILDCARD_FOLDER))
     if args.dry_run:
-        place = resolve_output(args.output, ctx.output_folder, settings.batch_size)
+        place = resolve_output(args.output, ctx.output_folder, count)
         plan = ctx.session.plan(preset, settings)
         output = str(place.folder / place.template) if place.template else str(place.folder)
-        _print_json(plan.as_dict() | {"output": output}) if args.json else print(plan_text(plan, output))
+        _print_json(plan.as_dict() | {"output": output}) if args.json else print(plan_text(plan, output, count))
         return DONE
 
     from shared.app.session import ImageDone
@@ -58,7 +65,7 @@ def generate(ctx: AppContext, args: argparse.Namespace) -> int:
             result = ctx.session.generate(preset, settings, on_event=on_event, output=args.output)
     except KeyboardInterrupt:
         _print_pictures(images, preset, args, cancelled=True)
-        print(f"Interrupted; {len(images)} of {settings.batch_size} pictures were finished and kept.", file=sys.stderr)
+        print(f"Interrupted; {len(images)} of {count} pictures were finished and kept.", file=sys.stderr)
         return INTERRUPTED
     except Exception:
         if not args.json:
@@ -147,14 +154,14 @@ def missing_words(file: PlannedFile) -> str:
     return "to download" if file.is_remote else "missing"
 
 
-def plan_text(plan: GenerationPlan, output: str) -> str:
-    """The plan for people."""
+def plan_text(plan: GenerationPlan, output: str, count: int) -> str:
+    """The plan for `count` pictures, for people."""
     from shared.cli.progress import file_size
 
     settings = plan.settings
     size = f"{settings.width}x{settings.height}"
     lines = [
-        f"{plan.preset.id}: {settings.batch_size} picture(s) of {size}, {settings.num_inference_steps} steps, "
+        f"{plan.preset.id}: {count} picture(s) of {size}, {settings.num_inference_steps} steps, "
         f"seed {settings.seed}, to {output}",
         "",
         "Files",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.app.settings import loras_as_host_settings, parse_lora
+from shared.cli.edit import add_edit_arguments, edit_overrides
 from shared.cli.quantize import add_arguments as add_quantize
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ _EPILOG = """\
 examples:
   wgp.py generate "a red circle on a blue ground"
   wgp.py generate "a lighthouse at dusk" --preset z_image --resolution 1024x1024 --seed 7 --output lighthouse.png
+  wgp.py generate "the same in winter" --image house.png --denoising-strength 0.6
   wgp.py presets
   wgp.py inspect some_checkpoint.safetensors
   wgp.py quantize model.safetensors --format int8 --output model_int8.safetensors
@@ -69,6 +71,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
     }
     overrides |= {key: value for key, value in named.items() if value is not None}
+    overrides |= edit_overrides(args, overrides)
     if args.lora:
         overrides |= loras_as_host_settings([parse_lora(text) for text in args.lora])
     return overrides
@@ -169,6 +172,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="LoRA file, as given or in the LoRA folder; strength 1 if left out; repeatable",
     )
+    add_edit_arguments(parser)
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
