@@ -10,7 +10,7 @@ Merging (the quantizer does, into weights that are not packed yet):
 
     file = read(path)
     shapes = {"layers.0.attention.qkv.weight": (11520, 3840), ...}     our parameters
-    print(match(file, shapes))                                         "style.safetensors: 420 of 420 keys matched"
+    match(file, shapes)                                                how much of it fits; UserError for nothing
     for name, delta in deltas(file, 0.8, shapes, base):                base(name): the parameter, DoRA asks for it
         ...                                                            add delta, float32 and whole, to `name`
 """

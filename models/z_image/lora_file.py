@@ -24,7 +24,6 @@ _HEADER_CONFIG = "lora_adapter_metadata"
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 _NEEDED = ({"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
-_UNMATCHED_SHOWN = 3
 
 
 @dataclass
@@ -65,14 +64,6 @@ class Match:
     matched: int
     total: int
     unmatched: tuple[str, ...]
-
-    def __str__(self) -> str:
-        words = f"{Path(self.file).name}: {self.matched} of {self.total} keys matched"
-        if not self.unmatched:
-            return words
-        more = len(self.unmatched) - _UNMATCHED_SHOWN
-        shown = ", ".join(self.unmatched[:_UNMATCHED_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        return f"{words}; not {shown}"
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able."""

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.loras import Strength
 from shared.app.memory import MIB
 from shared.app.plan import VAE_DTYPE, GenerationPlan, requested_profile
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
     from shared.app.offload import Offloader
+    from shared.quant.kernels.resolve import Resolved
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +25,16 @@ class LoadedModel:
     """What a handler loaded, where it was placed, and which LoRA files are on it.
 
     key: what it was loaded from and for. processor: the pipeline object of contract C1c.
-    loras: (file, strength) in order; None while they are being changed.
+    loras: (file, strength) in order; None while they are being changed. lora_matches: what the family says of each,
+    JSON-able by as_dict() as for `match_words`. kernels: what multiplies its packed layers.
     """
 
     key: tuple[Any, ...]
     processor: Any
     offloader: Offloader
-    loras: tuple[tuple[Path, float], ...] | None = ()
+    loras: tuple[tuple[Path, Strength], ...] | None = ()
+    lora_matches: Sequence[Any] = ()
+    kernels: tuple[Resolved, ...] = ()
 
 
 class ModelHolder:
@@ -69,12 +74,14 @@ class ModelHolder:
 
     def _key(self, plan: GenerationPlan) -> tuple[Any, ...]:
         weights = tuple(file.path for file in plan.files if file.role not in ("lora", "preload"))
-        return (plan.preset.id, weights, plan.machine, plan.attention.value, requested_profile(self._ctx))
+        choices = (plan.attention.value, plan.compute.value, requested_profile(self._ctx))
+        return (plan.preset.id, weights, plan.machine, *choices)
 
     def _load(self, plan: GenerationPlan, key: tuple[Any, ...]) -> LoadedModel:
         import torch
 
         from shared.app.offload import choose_offloader
+        from shared.quant.kernels.resolve import resolve
 
         profile = requested_profile(self._ctx)
         handler = self._ctx.families.handler(plan.preset.architecture)
@@ -90,13 +97,18 @@ class ModelHolder:
             vae_filename=_first(plan.paths("vae")),
             tokenizer_folder=self._tokenizer_folder(plan),
         )
+        # Before the weights are placed: an offloader pins and streams them as they lie then.
+        device = torch.device(plan.machine.device.kind)
+        kernels = resolve(list(modules.values()), device, plan.compute.value)
+        for kernel in kernels:
+            logger.info("%s: %s", plan.preset.id, kernel)
         sizes = plan.memory.weights_mb if plan.memory is not None else {}
         weights = {name: round(mb * MIB) for name, mb in sizes.items()} or None
         offloader, reason = choose_offloader(plan.machine.device, profile, weights=weights)
         offloader.place(modules)
         processor.device = offloader.device
         logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), reason)
-        return LoadedModel(key=key, processor=processor, offloader=offloader)
+        return LoadedModel(key=key, processor=processor, offloader=offloader, kernels=kernels)
 
     def _apply_loras(self, model: LoadedModel, plan: GenerationPlan, say: Callable[[str], None]) -> None:
         wanted = tuple(zip(plan.paths("lora"), plan.lora_strengths, strict=True))
@@ -105,7 +117,8 @@ class ModelHolder:
         model.loras = None
         if wanted:
             say("Loading the LoRA" if len(wanted) == 1 else f"Loading {len(wanted)} LoRAs")
-        model.processor.load_loras([file for file, _ in wanted], [strength for _, strength in wanted])
+        files, strengths = [file for file, _ in wanted], [strength for _, strength in wanted]
+        model.lora_matches = tuple(model.processor.load_loras(files, strengths))
         model.loras = wanted
 
     def _tokenizer_folder(self, plan: GenerationPlan) -> str | None:

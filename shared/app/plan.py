@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect, ram_bytes
+from shared.app.loras import Strength
 from shared.app.memory import MIB, MemoryEstimate, estimate_memory
 from shared.app.offload import automatic_profile, budgets_mib, find_profile
 from shared.app.presets import FilePlan, LoraChoice, Preset, attention_rule, choose_files
 from shared.quant.checkpoint import SUFFIXES
 from shared.quant.errors import UserError
+from shared.quant.kernels import COMPUTES
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
@@ -76,9 +78,10 @@ class GenerationPlan:
     preset: Preset
     settings: GenerationSettings
     files: tuple[PlannedFile, ...]
-    lora_strengths: tuple[float, ...]  # of the files with the role "lora", in order
+    lora_strengths: tuple[Strength, ...]  # of the files with the role "lora", in order
     machine: Machine
     attention: Choice
+    compute: Choice  # one of kernels.COMPUTES; which kernels that comes to is known when the weights are loaded
     offload: Choice
     memory: MemoryEstimate | None
 
@@ -110,6 +113,7 @@ class GenerationPlan:
             "device": {"value": device.kind, "name": device.name, "reason": device.reason},
             "dtype": _choice_dict(self.machine.dtype),
             "attention": _choice_dict(self.attention),
+            "compute": _choice_dict(self.compute),
             "offload": _choice_dict(self.offload),
             "memory": self.memory and self.memory.as_dict(),
         }
@@ -118,8 +122,8 @@ class GenerationPlan:
 def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, machine: Machine) -> GenerationPlan:
     """Decide everything for one generation of `preset` with `settings` on `machine`. Touches no network.
 
-    Raises UserError for a LoRA that is nowhere, a LoRA strength this version cannot use, an unknown attention or
-    profile, a weights file with a broken header.
+    Raises UserError for a LoRA that is nowhere, a LoRA strength that is none, an unknown attention, compute
+    or profile, a weights file with a broken header.
     """
     preset = preset.configured(str(settings.extra.get("config") or ""))
     files = find_files(ctx, choose_files(preset, device=machine.device))
@@ -135,6 +139,7 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
         lora_strengths=tuple(choice.strength() for choice, _ in loras),
         machine=machine,
         attention=attention,
+        compute=choose_compute(ctx),
         offload=offload,
         memory=memory,
     )
@@ -159,6 +164,20 @@ def requested_profile(ctx: AppContext) -> float | None:
         if value is not None and value != -1:
             return float(value)
     return None
+
+
+def choose_compute(ctx: AppContext) -> Choice:
+    """How packed weights are to be multiplied: the flag, else the configuration, else "auto".
+
+    Raises UserError for a kind that does not exist.
+    """
+    flag = str(getattr(ctx.args, "compute", None) or "")
+    asked = (flag or str(ctx.config.get("compute") or "auto")).strip().lower()
+    if asked not in COMPUTES:
+        raise UserError(f"Unknown kind of compute {asked!r}.", f"Choose from: {', '.join(COMPUTES)}.")
+    if asked == "auto":
+        return Choice(asked, "for each packed layer what is known to be fastest on this device; wgp.py doctor lists it")
+    return Choice(asked, "asked for" if flag else "from the configuration")
 
 
 def requested_device(ctx: AppContext) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.loras import Strength, parse_strength
 from shared.app.schema import (
     SETTING_KEYS,
     SETTINGS_VERSION,
@@ -51,15 +52,9 @@ class LoraChoice:
     file: str
     multiplier: str = "1"
 
-    def strength(self) -> float:
-        """The strength as one number. Raises UserError if it changes over the steps."""
-        try:
-            return float(self.multiplier)
-        except ValueError:
-            raise UserError(
-                f'{self.file}: the strength "{self.multiplier}" changes over the steps: not supported.',
-                "Give one number.",
-            ) from None
+    def strength(self) -> Strength:
+        """The strength as numbers. Raises UserError for what is none."""
+        return parse_strength(self.multiplier)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from shared.app.download import DownloadCancelled, DownloadProgress
 from shared.app.editing import Edit, Pass, open_edit
 from shared.app.loading import LoadedModel, ModelHolder
+from shared.app.loras import match_words
 from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
 from shared.app.metadata import build_record, save_image
 from shared.app.output import OutputPlace, resolve_output
@@ -95,7 +96,8 @@ class GenerationResult:
 
     forwards: transformer calls per picture. seconds: wall-clock by stage (STAGES); downloads count in total only.
     peak_rss_mb, peak_vram_mb: MiB; None where the system does not tell, and without an NVIDIA GPU.
-    files: path and SHA-256 of every weights file used. cancelled: fewer pictures than asked for.
+    kernels: what multiplied the packed layers, a line each. files: path and SHA-256 of every weights file used. loras: for each file "matched" of its "total" keys, and the
+    "unmatched". cancelled: fewer pictures than asked for.
     """
 
     images: list[ImageDone]
@@ -104,7 +106,9 @@ class GenerationResult:
     seconds: dict[str, float]
     peak_rss_mb: float | None
     peak_vram_mb: float | None
+    kernels: list[str]
     files: list[dict[str, str]]
+    loras: list[dict[str, Any]]
     cancelled: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -116,7 +120,9 @@ class GenerationResult:
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
             "peak_rss_mb": _rounded(self.peak_rss_mb),
             "peak_vram_mb": _rounded(self.peak_vram_mb),
+            "kernels": self.kernels,
             "files": self.files,
+            "loras": self.loras,
             "cancelled": self.cancelled,
         }
 
@@ -250,7 +256,9 @@ class _Run:
         self._images: list[ImageDone] = []
         self._forwards = 0
         self._seconds = dict.fromkeys(STAGES, 0.0)
+        self._kernels: list[str] = []
         self._files: list[dict[str, str]] = []
+        self._loras: list[dict[str, Any]] = []
 
     def __call__(self, output: Path | str | None) -> GenerationResult:
         began = time.perf_counter()
@@ -274,7 +282,9 @@ class _Run:
             seconds=self._seconds,
             peak_rss_mb=peak_rss_mb(),
             peak_vram_mb=peak_vram_mb(),
+            kernels=self._kernels,
             files=self._files,
+            loras=self._loras,
             cancelled=cancelled,
         )
 
@@ -296,6 +306,10 @@ class _Run:
         self._stop_if_asked()
         hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)))
+        self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
+        self._loras = [match.as_dict() for match in model.lora_matches]
+        for match in self._loras:
+            self._announce(Status(match_words(match)))
         self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded)
 
         clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
@@ -389,6 +403,7 @@ class _Run:
     ) -> None:
         settings = self._alone[index]
         created = datetime.now().astimezone()
+        loras = [match | {"file": Path(match["file"]).name} for match in self._loras]
         names = {role: [f.path.name for f in plan.files if f.role == role and f.path] for role in WEIGHT_ROLES}
         record = build_record(
             settings.as_record() | edit.keep_sources(self._ctx.output_folder),
@@ -406,8 +421,10 @@ class _Run:
                 "device": plan.machine.device.name,
                 "dtype": plan.machine.dtype.value,
                 "attention": plan.attention.value,
+                **({"kernels": self._kernels} if self._kernels else {}),
                 # names only: a picture that is passed on should not tell where its maker keeps files
                 "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
+                **({"loras": loras} if loras else {}),
                 **({"pictures": edit.hashes} if edit.sources else {}),
             },
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from shared import samplers
 from shared.app.edit_settings import EditSettings
 from shared.app.host_keys import HOST_SETTING_KEYS, RECORD_KEYS
+from shared.app.loras import is_strength, parse_strength, split_strengths
 from shared.app.presets import LoraChoice, Preset, pair_loras
 from shared.app.schema import (
     SETTING_KEYS,
@@ -217,7 +217,7 @@ def parse_resolution(text: str, block: int = DEFAULT_BLOCK) -> tuple[int, int]:
 def parse_lora(text: str) -> LoraChoice:
     """A LoRA as typed: FILE or FILE:STRENGTH ("style.safetensors:0.8"; in "C:\\style.sft" there is none)."""
     name, colon, multiplier = text.rpartition(":")
-    if colon and name and _is_strength(multiplier):
+    if colon and name and is_strength(multiplier):
         return LoraChoice(name, multiplier)
     return LoraChoice(text)
 
@@ -309,22 +309,14 @@ def _tile_size(value: Any) -> int | None:
 
 
 def _lora_choices(files: Sequence[str], multipliers: Any) -> tuple[tuple[LoraChoice, ...], list[str]]:
-    """LoRAs with strengths, which spaces, lines or one "|" separate; lines after a "#" are left out."""
-    if isinstance(multipliers, str):
-        lines = [line for line in multipliers.splitlines() if not line.lstrip().startswith("#")]
-        multipliers = " ".join(lines).replace("|", " ").split()
-    strengths = [str(multiplier).strip() for multiplier in multipliers]
+    """LoRAs with their strengths, and notes on strengths too many or too few."""
+    strengths = split_strengths(multipliers)
     for strength in strengths[: len(files)]:
-        if not _is_strength(strength):
-            raise UserError(f'"loras_multipliers": {describe(strength)} is not a strength.', 'Example: "0.8 1,0.5".')
+        parse_strength(strength)
     surplus = len(strengths) - len(files)
-    notes = [f'"loras_multipliers" has {surplus} more than there are LoRAs; they are not used.'] if surplus > 0 else []
+    notes = []
+    if surplus > 0:
+        notes.append(f'"loras_multipliers" has {surplus} more than there are LoRAs; they are not used.')
+    elif strengths and surplus < 0:
+        notes.append(f'"loras_multipliers" has {-surplus} fewer than there are LoRAs; the last ones get 1.')
     return pair_loras(files, strengths), notes
-
-
-def _is_strength(text: str) -> bool:
-    """Numbers, with "," over the steps, ";" per phase and ":" per branch (contract C3)."""
-    try:
-        return all(math.isfinite(float(part)) for part in re.split("[,;:]", text))
-    except ValueError:
-        return False

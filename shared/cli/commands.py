@@ -174,6 +174,7 @@ def plan_text(plan: GenerationPlan, output: str, count: int) -> str:
         "device": f"{device.kind}, {device.name} ({device.reason})",
         "number type": f"{plan.machine.dtype.value} ({plan.machine.dtype.reason})",
         "attention": f"{plan.attention.value} ({plan.attention.reason})",
+        "compute": f"{plan.compute.value} ({plan.compute.reason})",
         "offload": f"{plan.offload.value} ({plan.offload.reason})",
     }
     lines += ["", "Machine", *(f"  {name:<13} {words}" for name, words in choices.items()), ""]
@@ -194,13 +195,15 @@ def inspection_text(description: Mapping[str, Any]) -> str:
 
 
 def result_text(result: GenerationResult) -> str:
-    """Seconds and memory for people, in one line."""
+    """Seconds and memory for people, in one line, and one for each LoRA that did not match in full."""
+    from shared.app.loras import match_words
     from shared.cli.progress import duration
 
     stages = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in result.seconds.items())
     vram = f", {result.peak_vram_mb:,.0f} MiB on the GPU" if result.peak_vram_mb else ""
     rss = f"; peak {result.peak_rss_mb:,.0f} MiB of RAM{vram}" if result.peak_rss_mb else ""
-    return f"{stages}{rss}"
+    partly = [match_words(match) for match in result.loras if match["unmatched"]]
+    return "\n".join([f"{stages}{rss}", *partly])
 
 
 def _print_pictures(

@@ -9,6 +9,7 @@ from html import escape
 import gradio as gr
 
 from shared.app.download import DownloadProgress
+from shared.app.loras import match_words
 from shared.app.session import ImageDone, StepDone
 from shared.quant.errors import UserError
 
@@ -85,7 +86,7 @@ def pictures(images: Sequence[ImageDone]) -> list[tuple[str, str | None]]:
 
 
 def summary(images: Sequence[ImageDone], seconds: float) -> str:
-    """One line of facts about the finished pictures and one with where they are."""
+    """One line of facts about the finished pictures, one with where they are, one for each LoRA that was on."""
     first = images[0]
     count = f"{len(images)} pictures" if len(images) > 1 else ""
     size = str(first.record.get("resolution", "")).replace("x", " × ")
@@ -93,7 +94,9 @@ def summary(images: Sequence[ImageDone], seconds: float) -> str:
     facts = " · ".join(part for part in (count, duration(seconds), size, seeds) if part)
     saved = "Saved in" if len(images) > 1 else "Saved as"
     place = first.path.parent if len(images) > 1 else first.path
-    return f'<p class="facts">{escape(facts)}</p><p>{saved} <code>{escape(str(place))}</code></p>'
+    matches = first.record.get("provenance", {}).get("loras", ())
+    loras = "".join(f"<p>{escape(match_words(match))}</p>" for match in matches)
+    return f'<p class="facts">{escape(facts)}</p><p>{saved} <code>{escape(str(place))}</code></p>{loras}'
 
 
 def duration(seconds: float) -> str:

@@ -31,6 +31,22 @@ def write_weights(path: Path, name: str = "layer.weight", shape: Sequence[int] =
     return path
 
 
+@dataclass(frozen=True)
+class FakeMatch:
+    """What a family says of a LoRA file that was put on."""
+
+    file: str
+    unmatched: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "file": self.file,
+            "matched": 2,
+            "total": 2 + len(self.unmatched),
+            "unmatched": list(self.unmatched),
+        }
+
+
 @dataclass
 class FakeProcessor:
     """The pipeline object of the contract. What tests change: `on_call` and `spoil`."""
@@ -41,7 +57,8 @@ class FakeProcessor:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     _interrupt: bool = False
     calls: list[dict[str, Any]] = field(default_factory=list)  # keywords of each generate()
-    loras: list[tuple[str, float]] = field(default_factory=list)
+    loras: list[tuple[str, Any]] = field(default_factory=list)
+    unmatched: tuple[str, ...] = ()  # keys of every LoRA file, besides two that match
     lora_loads: int = 0
     steps_done: int = 0
     on_call: Callable[[FakeProcessor, int], None] = lambda processor, step: None  # before each step, 0-based
@@ -71,10 +88,10 @@ class FakeProcessor:
             pixels[0, 0, 0, 0] = torch.inf
         return pixels
 
-    def load_loras(self, files: Sequence[Path], multipliers: Sequence[float]) -> list[Any]:
+    def load_loras(self, files: Sequence[Path], multipliers: Sequence[Any]) -> list[FakeMatch]:
         self.lora_loads += 1
         self.loras = [(Path(file).name, strength) for file, strength in zip(files, multipliers, strict=True)]
-        return []
+        return [FakeMatch(str(file), self.unmatched) for file in files]
 
 
 @dataclass

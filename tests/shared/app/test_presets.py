@@ -607,10 +607,9 @@ def test_the_first_attention_condition_that_holds_is_used_and_none_without_a_gpu
     assert attention_rule(preset, None) is None
 
 
-def test_a_lora_with_one_strength_has_a_number_and_a_changing_one_is_told():
+def test_a_loras_strength_is_read_as_numbers():
     assert LoraChoice("a.safetensors", "0.8").strength() == 0.8
-    with pytest.raises(UserError, match="changes over the steps"):
-        LoraChoice("a.safetensors", "1,0.5").strength()
+    assert LoraChoice("a.safetensors", "1,0.5").strength() == ((1.0, 0.5),)
 
 
 def test_listing_presets_imports_nothing_large():

@@ -265,13 +265,25 @@ def test_a_lora_that_is_nowhere_is_an_error_before_loading(ctx: AppContext, hand
     assert handler.loads == []
 
 
-def test_a_strength_that_changes_over_the_steps_is_refused(ctx: AppContext, handler: FakeHandler) -> None:
+def test_strengths_reach_the_model_as_numbers_by_phase(ctx: AppContext, handler: FakeHandler) -> None:
     write_weights(ctx.root / "lora_root" / "fake" / "a.safetensors")
 
-    with pytest.raises(UserError, match=r"0\.2,1"):
-        ctx.session.generate("one", order(ctx, activated_loras=["a.safetensors"], loras_multipliers="0.2,1"))
+    ctx.session.generate("one", order(ctx, activated_loras=["a.safetensors"], loras_multipliers="0.2,1;0"))
 
-    assert handler.loads == []
+    assert handler.processors[0].loras == [("a.safetensors", ((0.2, 1.0), (0.0,)))]
+
+
+def test_what_of_a_lora_matched_is_said_returned_and_recorded(ctx: AppContext, handler: FakeHandler) -> None:
+    path = write_weights(ctx.root / "lora_root" / "fake" / "a.safetensors")
+    handler.prepare = lambda processor: setattr(processor, "unmatched", ("stranger.alpha",))
+    events: list[Event] = []
+
+    result = ctx.session.generate("one", order(ctx, activated_loras=["a.safetensors"]), on_event=events.append)
+
+    assert Status("a.safetensors: 2 of 3 keys matched; not stranger.alpha") in events
+    found = {"matched": 2, "total": 3, "unmatched": ["stranger.alpha"]}
+    assert result.as_dict()["loras"] == [{"file": str(path), **found}]
+    assert result.images[0].record["provenance"]["loras"] == [{"file": "a.safetensors", **found}]
 
 
 # ---------------------------------------------------------------------------------------- ends

@@ -241,7 +241,7 @@ def test_loras_are_paired_with_their_strengths(turbo, multipliers, expected):
 
 
 def test_a_strength_that_is_no_number_is_told(turbo):
-    with pytest.raises(UserError, match=r'"loras_multipliers": "strong" \(text\) is not a strength'):
+    with pytest.raises(UserError, match=r'The LoRA strength "strong" is no number'):
         build(turbo, activated_loras=["a.safetensors"], loras_multipliers="strong")
 
 
@@ -249,6 +249,12 @@ def test_more_strengths_than_loras_are_noted(turbo):
     settings = build(turbo, activated_loras=["a.safetensors"], loras_multipliers="1 2 3")
 
     assert settings.notes == ('"loras_multipliers" has 2 more than there are LoRAs; they are not used.',)
+
+
+def test_strengths_for_some_loras_only_are_noted(turbo):
+    settings = build(turbo, activated_loras=["a.safetensors", "b.sft", "c.sft"], loras_multipliers="0.5")
+
+    assert settings.notes == ('"loras_multipliers" has 2 fewer than there are LoRAs; the last ones get 1.',)
 
 
 @pytest.mark.parametrize(
