@@ -96,8 +96,8 @@ class GenerationResult:
 
     forwards: transformer calls per picture. seconds: wall-clock by stage (STAGES); downloads count in total only.
     peak_rss_mb, peak_vram_mb: MiB; None where the system does not tell, and without an NVIDIA GPU.
-    kernels: what multiplied the packed layers, a line each. files: path and SHA-256 of every weights file used. loras: for each file "matched" of its "total" keys, and the
-    "unmatched". cancelled: fewer pictures than asked for.
+    kernels: what multiplied the packed layers, a line each. files: path and SHA-256 of every weights file used.
+    loras: for each file "matched" of its "total" keys, and the "unmatched". cancelled: fewer pictures than asked for.
     """
 
     images: list[ImageDone]
