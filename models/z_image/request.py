@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from models.z_image.conditions import Control, Start
 from models.z_image.control_config import ControlConfig
@@ -15,6 +15,9 @@ from models.z_image.noise import Variation
 from shared import samplers
 from shared.quant.errors import UserError
 from shared.samplers import schedules
+
+if TYPE_CHECKING:
+    from models.z_image.text_encoder import LongPrompt
 
 # Pictures are 8x the latents, patches 2x2 latents.
 SIZE_MULTIPLE = 16
@@ -28,6 +31,7 @@ class GenerateRequest:
 
     prompt: str
     negative_prompt: str = ""
+    long_prompt: LongPrompt = "keep"  # what becomes of a prompt beyond 512 tokens, see TextEncoder.encode
     width: int = 1024  # pixels, a multiple of 16
     height: int = 1024
     steps: int = 8  # of the sampler
@@ -105,6 +109,7 @@ def from_host_kwargs(
     return GenerateRequest(
         prompt=kwargs.get("input_prompt") or "",
         negative_prompt=kwargs.get("n_prompt") or "",
+        long_prompt=kwargs.get("long_prompt") or "keep",
         width=width,
         height=height,
         start=start,

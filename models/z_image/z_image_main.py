@@ -106,12 +106,13 @@ class model_factory:
         branch = self.transformer.control
         request = from_host_kwargs(self.model_def, kwargs, None if branch is None else branch.config)
         announce: Callable[[int], None] | None = None
+        tell = set_progress_status or (lambda note: None)
 
         def on_begin(steps: int) -> None:
             nonlocal announce
             announce = _host_lora_steps(self.transformer, loras_slists, steps)
-            for note in self.pipeline.report.notes if set_progress_status is not None else ():
-                set_progress_status(note)
+            for note in self.pipeline.report.notes:
+                tell(note)
             if callback is not None:
                 callback(-1, None, True, steps)
             announce(0)

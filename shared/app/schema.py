@@ -58,6 +58,14 @@ def _is_text_list(value: Any) -> bool:
     return isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
 
 
+def _is_number_list(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(_is_number(item) for item in value)
+
+
+def _numbers_from_text(text: str) -> list[float]:
+    return [float(part) for part in re.split(r"[,\s]+", text.strip(" []")) if part]
+
+
 def _is_links(value: Any) -> bool:
     return _is_text_list(value) or (isinstance(value, str) and value != "")
 
@@ -102,6 +110,8 @@ WHOLE = Kind("a whole number", _is_whole, int)
 NUMBER = Kind("a number", _is_number, float)
 LIMIT = Kind("a number, or true for 1", lambda value: _is_number(value) or isinstance(value, bool), float)
 FLAG = Kind("true or false", lambda value: value in (True, False), _flag_from_text)
+NUMBERS = Kind("a list of numbers, or a text of them with commas between", _is_number_list, _numbers_from_text)
+PROMPT_MODE = Kind("FG, G or PG", lambda value: _is_text(value) or _is_whole(value), str)
 TEXT_LIST = Kind("a list of texts", _is_text_list)
 LINKS = Kind("a list of URLs or paths, or the id of another preset", _is_links)
 MODULES = Kind(
@@ -111,6 +121,11 @@ MODULES = Kind(
 MULTIPLIERS = Kind("a list of numbers or texts, or one text", _is_multiplier_list, str)
 ATTENTION = Kind('an object like {"<89": "sdpa"}: condition on the compute capability -> mode', _is_attention_rules)
 CONFIGS = Kind("an object of named sets of model keys, or the id of another preset", _is_configs)
+# Only modules of the program's own: a preset from elsewhere must not choose what is imported.
+SCORER = Kind(
+    'a module of the folder training, "training.NAME"',
+    lambda value: _is_text(value) and re.fullmatch(r"training\.\w+", value) is not None,
+)
 DTYPE = Kind('"bf16" or "fp16"', lambda value: value in ("bf16", "fp16"))
 
 MODEL_KEYS: Mapping[str, Key] = {
@@ -129,19 +144,32 @@ MODEL_KEYS: Mapping[str, Key] = {
     "dtype": Key(DTYPE, "number type to compute in"),
     "configs": Key(CONFIGS, "named sets of model keys that replace those above when chosen"),
     "visible": Key(FLAG, "false: usable by id, but not listed", True),
+    "scorer": Key(SCORER, "reads what this model draws; `wgp.py compare` takes its prompts and its verdicts"),
     "unified_solver": Key(FLAG, "weights distilled for the few-step unified solver (TwinFlow)", False),
 }
 
 SETTING_KEYS: Mapping[str, Key] = {
-    "prompt": Key(TEXT, "what to draw", ""),
+    "prompt": Key(TEXT, "what to draw; may hold notes, macros, choices and wildcards (docs/prompts.md)", ""),
+    "multi_prompts_gen_type": Key(
+        PROMPT_MODE, "what of the text is one prompt: FG all of it, G each line, PG each paragraph", "FG"
+    ),
+    "long_prompt": Key(TEXT, "a prompt of more than 512 tokens: keep (up to 1504), cut or refuse", "keep"),
     "negative_prompt": Key(TEXT, "what to avoid; works with guidance or NAG", ""),
     "resolution": Key(TEXT, 'size in pixels, "WIDTHxHEIGHT", both multiples of 16', "1024x1024"),
-    "num_inference_steps": Key(WHOLE, "steps, each one pass through the transformer", 8),
+    "num_inference_steps": Key(WHOLE, "steps of the sampler; most take one pass through the transformer each", 8),
     "guidance_scale": Key(NUMBER, "classifier-free guidance: pos + scale * (pos - neg); 0 is off", 0.0),
     "seed": Key(WHOLE, "start of the noise; image i of a batch uses seed + i; -1 draws one", -1),
-    "batch_size": Key(WHOLE, "number of images", 1),
+    "batch_size": Key(WHOLE, "number of images, of each prompt", 1),
+    "variation_strength": Key(NUMBER, "how far the noise is turned towards the variation seed's, 0 to 1", 0.0),
+    "variation_seed": Key(
+        WHOLE, "the other noise's seed; image i of a batch uses it + i and the same seed; -1 draws one", -1
+    ),
+    "diversity": Key(NUMBER, "noise on the prompt in the first steps, so that seeds differ more; 0 is off", 0.0),
+    "diversity_end": Key(NUMBER, "share of the steps that have it, 0 to 1", 0.25),
     "flow_shift": Key(NUMBER, "moves the schedule towards high noise; above 0", None),
     "sample_solver": Key(TEXT, "sampler; empty for the model's own", ""),
+    "schedule": Key(TEXT, "where the steps stop: simple, beta or linear; empty for the sampler's own", ""),
+    "sigmas": Key(NUMBERS, "noise levels of one's own, falling from 1; their number is that of the steps", ()),
     "NAG_scale": Key(NUMBER, "normalized attention guidance; 1 is off", 1.0),
     "NAG_tau": Key(NUMBER, "its limit on the ratio of norms", 3.5),
     "NAG_alpha": Key(NUMBER, "its blend with the unguided features, 0 to 1", 0.5),

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shared import samplers
+from shared.app import prompts
 from shared.app.edit_settings import EditSettings
 from shared.app.host_keys import HOST_SETTING_KEYS, RECORD_KEYS
 from shared.app.loras import is_strength, parse_strength, split_strengths
 from shared.app.presets import LoraChoice, Preset, pair_loras
+from shared.app.sampling_settings import MAX_DRAWN_SEED, MAX_SEED, SamplingSettings, known_name
 from shared.app.schema import (
     SETTING_KEYS,
     closest_key,
@@ -22,8 +24,6 @@ from shared.app.schema import (
 )
 from shared.quant.errors import UserError
 
-MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes as a signed 64-bit number
-MAX_DRAWN_SEED = 2**31 - 1  # short enough to be read out and typed again
 MAX_STEPS = 1000  # the schedule is defined on 1000 training steps
 MAX_SIDE = 8192  # pixels; the network's rotary table has 512 positions of 16 pixels each way
 DEFAULT_BLOCK = 16  # pixels; the VAE halves three times, the network's patches once
@@ -50,12 +50,16 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
 class GenerationSettings:
     """Everything that decides the pictures, in range. The seed is never -1 here.
 
+    prompt, negative_prompt: as written; `prompts.pictures` makes the settings of each picture out of them, with the
+    original text as prompt_template if it is another.
     width, height: pixels. VAE_tile_size: latent cells of 8 pixels; None (as for flow_shift) is the model's
     choice. extra: host keys that are carried along unused. notes: what was asked for and has no effect.
     """
 
     prompt: str
     negative_prompt: str = ""
+    multi_prompts_gen_type: str = prompts.WHOLE
+    prompt_template: str = ""
     width: int = 1024
     height: int = 1024
     num_inference_steps: int = 8
@@ -73,6 +77,7 @@ class GenerationSettings:
     VAE_tile_size: int | None = None
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     edit: EditSettings = field(default_factory=EditSettings)
     extra: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -115,18 +120,28 @@ class GenerationSettings:
         if seed < 0:
             seed = random.SystemRandom().randint(0, MAX_DRAWN_SEED)
         _require_range("seed", seed + batch_size - 1, 0, MAX_SEED)
+        sampling = SamplingSettings.build(values)
+        _require_range("variation_seed", sampling.variation_seed + batch_size - 1, -1, MAX_SEED)
+        solver = known_name("sample_solver", values["sample_solver"], samplers.names())
+        steps = len(sampling.sigmas) or samplers.steps_of(solver, int(values["num_inference_steps"]))
+        if steps != values["num_inference_steps"] and "num_inference_steps" in asked:
+            notes.append(f"There are {steps} steps: {'sigmas' if sampling.sigmas else 'sample_solver'} says so.")
+        if preset.model_def.get("NAG") and values["NAG_scale"] > 1 and values["guidance_scale"] > 1:
+            notes.append('"NAG_scale" has no effect together with a guidance_scale above 1.')
         loras, lora_notes = _lora_choices(values["activated_loras"], values["loras_multipliers"])
         return cls(
             prompt=values["prompt"],
             negative_prompt=values["negative_prompt"],
+            multi_prompts_gen_type=prompts.mode_of(values["multi_prompts_gen_type"]),
             width=width,
             height=height,
-            num_inference_steps=int(values["num_inference_steps"]),
+            num_inference_steps=steps,
             guidance_scale=float(values["guidance_scale"]),
             seed=seed,
             batch_size=batch_size,
             flow_shift=_flow_shift(preset, values, asked),
-            sample_solver=_sampler_name(values["sample_solver"]),
+            sample_solver="" if solver == "default" else solver,
+            sampling=sampling,
             **_nag(preset, values, asked),
             denoising_strength=float(values["denoising_strength"]),
             control_net_weight=float(values["control_net_weight"]),
@@ -140,8 +155,23 @@ class GenerationSettings:
         )
 
     def for_image(self, index: int) -> GenerationSettings:
-        """The settings that draw image `index` of the batch alone: its own seed, a batch of one."""
-        return replace(self, seed=self.seed + index, batch_size=1)
+        """The settings that draw image `index` of the batch alone: its own seed, a batch of one.
+
+        The images of a variation share the seed; each has its own variation seed.
+        """
+        seed = self.seed if self.sampling.variation_strength else self.seed + index
+        return replace(self, seed=seed, sampling=self.sampling.for_image(index), batch_size=1)
+
+    def with_plain_prompts(self, prompt: str, negative_prompt: str) -> GenerationSettings:
+        """The same with these texts, in which nothing is left to choose, as the one prompt."""
+        written = prompts.escape(prompt)
+        return replace(
+            self,
+            prompt=written,
+            negative_prompt=prompts.escape(negative_prompt),
+            multi_prompts_gen_type=prompts.WHOLE,
+            prompt_template="" if written == self.prompt else self.prompt,
+        )
 
     def as_record(self) -> dict[str, Any]:
         """The settings in Wan2GP's key names (contract C5). `build` with the same preset reads back the same
@@ -151,6 +181,7 @@ class GenerationSettings:
             **self.extra,
             "prompt": self.prompt,
             "negative_prompt": self.negative_prompt,
+            "multi_prompts_gen_type": self.multi_prompts_gen_type,
             "resolution": f"{self.width}x{self.height}",
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -163,6 +194,8 @@ class GenerationSettings:
             "denoising_strength": self.denoising_strength,
             "control_net_weight": self.control_net_weight,
             **loras_as_host_settings(self.loras),
+            **({"prompt_template": self.prompt_template} if self.prompt_template else {}),
+            **self.sampling.as_record(),
             **self.edit.as_record(),
         }
         if self.flow_shift is not None:
@@ -174,8 +207,8 @@ class GenerationSettings:
     def host_kwargs(self) -> dict[str, Any]:
         """The settings as keywords of a pipeline object's `generate` (contract C1d)."""
         return {
-            "input_prompt": self.prompt,
-            "n_prompt": self.negative_prompt,
+            "input_prompt": prompts.plain(self.prompt),
+            "n_prompt": prompts.plain(self.negative_prompt),
             "seed": self.seed,
             "sampling_steps": self.num_inference_steps,
             "sample_solver": self.sample_solver,
@@ -189,6 +222,7 @@ class GenerationSettings:
             "NAG_alpha": self.NAG_alpha,
             "denoising_strength": self.denoising_strength,
             "context_scale": [self.control_net_weight],
+            **self.sampling.host_kwargs(),
             "VAE_tile_size": self.VAE_tile_size,
             "cfg_normalization": self.cfg_normalization,
             "cfg_truncation": self.cfg_truncation,
@@ -280,7 +314,7 @@ def _flow_shift(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, A
     return float(values["flow_shift"])
 
 
-def _nag(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, float]:
+def _nag(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     if preset.model_def.get("NAG"):
         return {key: float(values[key]) for key in _NAG_KEYS}
     if "NAG_scale" in asked and values["NAG_scale"] > 1:
@@ -289,15 +323,6 @@ def _nag(preset: Preset, values: Mapping[str, Any], asked: Mapping[str, Any]) ->
             "Use guidance_scale instead.",
         )
     return {key: float(SETTING_KEYS[key].default) for key in _NAG_KEYS}
-
-
-def _sampler_name(name: str) -> str:
-    """ "" for the model's own sampler, else a known one."""
-    if name in ("", "default"):
-        return ""
-    if name not in samplers.names():
-        raise UserError(f'"sample_solver" must be one of {", ".join(samplers.names())} or empty, got "{name}".')
-    return name
 
 
 def _tile_size(value: Any) -> int | None:

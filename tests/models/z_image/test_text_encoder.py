@@ -79,3 +79,28 @@ def test_a_missing_tensor_is_named(model_folder: Path, tmp_path: Path) -> None:
 def test_a_folder_without_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No tokenizer in"):
         load_tokenizer(tmp_path)
+
+
+def test_a_long_prompt_is_kept_cut_or_refused_as_asked_and_a_cut_is_told(encoder: TextEncoder) -> None:
+    prompt = "x" * 600  # a token per byte in this tokenizer
+    told: list[str] = []
+
+    kept = encoder.encode([prompt], CPU, tell=told.append)[0]
+    assert len(kept) > 600
+    assert told == []
+
+    cut = encoder.encode([prompt], CPU, long_prompt="cut", tell=told.append)[0]
+    torch.testing.assert_close(cut, kept[:512])
+    assert len(told) == 1
+    assert "was cut to 512" in told[0]
+
+    with pytest.raises(UserError, match=r"at most 512 are taken.*long_prompt=cut"):
+        encoder.encode([prompt], CPU, long_prompt="refuse")
+
+
+def test_a_cut_prompt_may_be_of_any_length_and_a_short_one_is_not_told_of(encoder: TextEncoder) -> None:
+    told: list[str] = []
+
+    features = encoder.encode(["x" * 5000, "fox"], CPU, long_prompt="cut", tell=told.append)
+
+    assert [len(features[0]), len(features[1]) < 512, len(told)] == [512, True, 1]

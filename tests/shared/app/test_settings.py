@@ -125,7 +125,7 @@ def test_an_impossible_size_is_an_error(turbo, size):
         ("denoising_strength", 2, "must be from 0 to 1, got 2"),
         ("cfg_truncation", -0.1, "must be from 0 to 1"),
         ("VAE_tile_size", 8, "must be 0 or at least 16 latent cells, got 8"),
-        ("sample_solver", "heun9", 'must be one of default, euler or empty, got "heun9"'),
+        ("sample_solver", "heun9", 'or empty, got "heun9"'),
         ("prompt", 5, "must be text, got 5 (number)"),
         ("activated_loras", "a.safetensors", "must be a list of texts"),
         ("loras_multipliers", "strong", None),  # fine while there is no LoRA to apply it to
@@ -329,6 +329,26 @@ def test_a_record_wins_over_a_preset_with_other_defaults(tmp_path):
     assert (settings.negative_prompt, settings.NAG_scale, settings.loras) == ("", 1.0, ())
 
 
+def test_an_unknown_sampler_lists_the_known_ones_and_the_closest(base):
+    with pytest.raises(UserError, match=r'one of default, euler, heun, .*The closest is "dpmpp_2m"'):
+        build(base, sample_solver="dpm_2m")
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [({"sigmas": [1, 0.5, 0.2]}, 3), ({"sample_solver": "unified_4s"}, 4), ({}, 9)]
+)
+def test_what_decides_the_steps_is_said(turbo, asked, steps):
+    settings = build(turbo, num_inference_steps=9, **asked)
+
+    assert settings.num_inference_steps == steps
+    assert any(f"There are {steps} steps" in note for note in settings.notes) == bool(asked)
+
+
+def test_nag_beside_guidance_is_said_to_have_no_effect(turbo):
+    assert "has no effect together" in " ".join(build(turbo, NAG_scale=4, guidance_scale=3).notes)
+    assert build(turbo, NAG_scale=4).notes == ()
+
+
 def test_the_pipeline_gets_the_hosts_names(base):
     kwargs = build(base, prompt="a", negative_prompt="b", resolution="512x768", seed=3).host_kwargs()
 
@@ -352,4 +372,11 @@ def test_the_pipeline_gets_the_hosts_names(base):
         "cfg_normalization": 0.0,
         "cfg_truncation": 1.0,
         "image_mode": 1,
+        "schedule": "",
+        "sigmas": (),
+        "variation_strength": 0.0,
+        "variation_seed": -1,
+        "diversity": 0.0,
+        "diversity_end": 0.25,
+        "long_prompt": "keep",
     }
