@@ -30,7 +30,7 @@ DEFAULT_OUTPUT_FOLDER = "outputs"
 DEFAULT_SETTINGS_FOLDER = "settings"
 
 # Keys of wgp_config.json that are ours; all others belong to Wan2GP and are kept as they are.
-CONFIG_KEYS = ("last_model_type", "checkpoints_paths", "save_path", "profile", "attention")
+CONFIG_KEYS = ("last_model_type", "checkpoints_paths", "save_path", "profile", "attention", "compute")
 
 
 def default_root() -> Path:

@@ -5,7 +5,8 @@
   often somebody calls `.to(bfloat16)` (float8 counts as floating point, so a plain module would be destroyed by that).
 * `weight` tells shape and type and is no tensor: code that would compute with it fails at once. (A meta tensor would
   not: F.linear with one returns uninitialised memory on torch 2.13.)
-* forward() is straight: one kernel, chosen when the layer first meets a device (kernels/__init__.py), no fallback.
+* forward() is straight: one kernel (kernels/__init__.py), no fallback. kernels/resolve.py chooses it at load; without
+  that a layer chooses when it first meets a device, among kernels that read the weight as it lies.
 """
 
 from __future__ import annotations
@@ -36,14 +37,12 @@ class PackedLinear(nn.Linear):
     def __init__(self, packed: Packed, bias: Tensor | None, dtype: torch.dtype, *, compute: str = "auto") -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
-        self.packing = packed.packing
         self.compute = compute
-        self._names = tuple(packed.tensors)
+        self._names: tuple[str, ...] = ()
+        self._keep(packed)
         self._spec = WeightSpec(torch.Size(packed.shape), dtype)
-        for name, tensor in packed.tensors.items():
-            self.register_buffer(name, tensor)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-        self._kernels: dict[torch.device, kernels.Kernel] = {}
+        self._kernels: dict[str, kernels.Kernel] = {}  # by type of device
 
     @property
     def weight(self) -> WeightSpec:  # type: ignore[override]
@@ -56,13 +55,28 @@ class PackedLinear(nn.Linear):
         return Packed(self.packing, (self.out_features, self.in_features), tensors)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.kernel(x.device).run(self, x)
+        return kernels.run(self.kernel(x.device), self, x)
 
     def kernel(self, device: torch.device) -> kernels.Kernel:
         """What computes this layer on `device`, chosen once."""
-        if device not in self._kernels:
-            self._kernels[device] = kernels.select(self, device)
-        return self._kernels[device]
+        if device.type not in self._kernels:
+            self._kernels[device.type] = kernels.select(self, device).kernel
+        return self._kernels[device.type]
+
+    def use(self, kernel: kernels.Kernel, device: torch.device) -> None:
+        """From now on compute with `kernel` on devices of this type; the weight is laid out for it, where it lies."""
+        self._kernels[device.type] = kernel
+        if kernel.arrange is not None:
+            self._keep(kernel.arrange(self.packed))
+
+    def twin(self, device: torch.device, kernel: kernels.Kernel | None = None) -> PackedLinear:
+        """A layer of the same numbers on `device`, laid out for `kernel`, to try things with."""
+        packed = self.packed
+        packed = Packed(packed.packing, packed.shape, {name: t.to(device) for name, t in packed.tensors.items()})
+        if kernel is not None and kernel.arrange is not None:
+            packed = kernel.arrange(packed)
+        bias = None if self.bias is None else self.bias.detach().to(device)
+        return PackedLinear(packed, bias, self._spec.dtype, compute=self.compute)
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in the layer's type."""
@@ -71,6 +85,15 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{device}: {kernel.name}" for device, kernel in self._kernels.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packing}, {chosen or 'unused'}"
+
+    def _keep(self, packed: Packed) -> None:
+        """Hold these tensors instead of those held so far."""
+        for name in self._names:
+            del self._buffers[name]
+        self.packing = packed.packing
+        self._names = tuple(packed.tensors)
+        for name, tensor in packed.tensors.items():
+            self.register_buffer(name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move as asked, keep every type: a cast would destroy packed numbers and round their scales."""

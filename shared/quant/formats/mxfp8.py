@@ -56,7 +56,7 @@ def read(layer: Layer) -> Packed:
     if not exponents.any() and (values.view(torch.uint8) & 0x7F).any():
         raise layer.fail("weight_scale is zero throughout, though its weight is not.")
     packing = Mxfp8(size.columns if size.columns < size.stored_columns else None)
-    return Packed(packing, (size.rows, size.columns), {"values": values, "exponents": exponents})
+    return Packed(packing, (size.rows, size.columns), {"codes": values.view(torch.uint8), "exponents": exponents})
 
 
 def quantize(weight: Tensor) -> dict[str, Tensor]:

@@ -1,8 +1,16 @@
 """Which code multiplies by a packed weight: a table of kernels, asked once per layer and device.
 
 A kernel says which packing it serves, and refuses a layer in words ("needs compute capability 8.0, this GPU has
-7.5"). The first that does not refuse wins, in order of priority. `dequantize` (expand, then torch's own linear) serves
-everything everywhere and comes last.
+7.5"). What it multiplies is its `compute`:
+
+    bf16    the activations as they come, in their own float type: the reference; the weight is expanded for it
+    int8    activations rounded to 8-bit integers, token by token
+    fp8     activations rounded to 8-bit floats, token by token
+    native  activations rounded as the weight is: 4-bit, or blocks of 8-bit floats with a power of two
+
+`dequantize` (expand, then torch's own linear) serves everything everywhere and comes last, so every layer has a kernel.
+Kernels that round activations come first, but "auto" takes one only where it is known to be no slower than the bf16
+kernel it replaces: by a figure that is written down (`Kernel.known`), or by a trial on the device itself (trial.py).
 
 A new kernel is one module here that calls register() when imported, named in _MODULES.
 """
@@ -12,27 +20,43 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
-from shared.quant.errors import UserError
+from shared.quant.errors import RunError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from shared.quant.linear import PackedLinear
+    from shared.quant.packing import Packed
 
-_MODULES = ("svdq", "dequantize")
+_MODULES = (
+    "nunchaku", "comfy_svdq", "comfy_nvfp4", "comfy_mxfp8", "comfy_int8", "torch_int8", "torch_fp8", "scale_after",
+    "svdq", "dequantize",
+)  # fmt: skip
 ANY = "*"
+
+Compute = Literal["auto", "bf16", "fp8", "int8", "native"]
+COMPUTES: tuple[Compute, ...] = get_args(Compute)
+REFERENCE = "bf16"
+
+# How kernels fail: torch and its libraries, comfy-kitchen's and nunchaku's checks, a library that does not load.
+FAULTS = (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError, ImportError, OSError)
+
+
+def _nothing(_layer: PackedLinear, _device: torch.device) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute y = x W^T + b.
 
-    packing: the name of the packing served, or ANY. compute: what is multiplied: "bf16" (whatever float type the
-    activations have), "int8", "fp8" or "native" (4-bit cores). priority: higher is asked first.
-    refuse: why not for this layer on this device, None if it can. run: the product, (..., in) -> (..., out).
+    packing: the name of the packing served, or ANY. compute: see above. priority: among kernels of the same standing
+    the higher is asked first. refuse: why not for this layer on this device, None if it can. run: the product,
+    (..., in) -> (..., out). known: the figure by which it is no slower than expanding there, None where there is none.
+    arrange: the same numbers laid out as the kernel reads them, done once when the kernel is chosen; None: as they are.
     """
 
     name: str
@@ -41,7 +65,33 @@ class Kernel:
     priority: int
     refuse: Callable[[PackedLinear, torch.device], str | None]
     run: Callable[[PackedLinear, Tensor], Tensor]
+    known: Callable[[PackedLinear, torch.device], str | None] = _nothing
+    arrange: Callable[[Packed], Packed] | None = None
 
+    @property
+    def rounds_activations(self) -> bool:
+        return self.compute != REFERENCE
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A kernel that does not serve a layer, and why."""
+
+    kernel: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The kernel for a layer, why it, and what every better placed one said."""
+
+    kernel: Kernel
+    reason: str
+    refusals: tuple[Refusal, ...]
+
+
+# Tries a kernel on a device: (why not, None if it passes; what was found, in words).
+Trial = Callable[[Kernel, "PackedLinear", "torch.device"], tuple[str | None, str]]
 
 _registry: list[Kernel] = []
 
@@ -52,28 +102,71 @@ def register(kernel: Kernel) -> None:
 
 
 def available(packing: str) -> list[Kernel]:
-    """The kernels for a packing, first choice first."""
+    """The kernels for a packing, first choice first: those that round activations before those that do not."""
     if not _registry:
         for name in _MODULES:
             import_module(f"{__name__}.{name}")
-    return sorted((k for k in _registry if k.packing in (packing, ANY)), key=lambda k: -k.priority)
+    kernels = (k for k in _registry if k.packing in (packing, ANY))
+    return sorted(kernels, key=lambda k: (not k.rounds_activations, -k.priority))
 
 
-def select(layer: PackedLinear, device: torch.device) -> Kernel:
-    """The kernel for a layer on a device, honouring the layer's `compute`.
+def select(layer: PackedLinear, device: torch.device, trial: Trial | None = None) -> Selection:
+    """The kernel for a layer on a device, by the layer's `compute`. bf16 kernels serve whatever was asked for.
 
-    Raises UserError listing every kernel's reason when none accepts.
+    trial: tries kernels that round activations; without it "auto" takes only those whose figure is written down.
     """
-    refusals = []
+    refusals: list[Refusal] = []
     for kernel in available(layer.packing.name):
-        reason = None
-        if layer.compute not in ("auto", kernel.compute):
-            reason = f"computes in {kernel.compute}, {layer.compute} was asked for"
-        reason = reason or kernel.refuse(layer, device)
+        reason, why = _judge(kernel, layer, device, trial)
         if reason is None:
-            return kernel
-        refusals.append(f"{kernel.name}: {reason}")
-    raise UserError(
-        f"Nothing here multiplies {layer.packing.name} weights on {device} ({'; '.join(refusals)}).",
-        "Use --compute auto.",
-    )
+            return Selection(kernel, why, tuple(refusals))
+        refusals.append(Refusal(kernel.name, reason))
+    raise AssertionError(f"no kernel takes {layer.packing.name}: dequantize refuses nothing")
+
+
+def run(kernel: Kernel, layer: PackedLinear, x: Tensor) -> Tensor:
+    """The product. Raises RunError when a kernel that rounds activations fails; torch's own errors pass as they are."""
+    if not kernel.rounds_activations:
+        return kernel.run(layer, x)
+    try:
+        return kernel.run(layer, x)
+    except FAULTS as fault:
+        if is_out_of_memory(fault):
+            raise
+        raise RunError(
+            f"The kernel {kernel.name} failed on a {layer.packing.name} layer of {layer.out_features} x "
+            f"{layer.in_features} with {x.numel() // layer.in_features} tokens: {first_line(fault)}.",
+            "--compute bf16 draws without it.",
+        ) from fault
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device has run out of memory, which is no fault of a kernel's."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def _judge(kernel: Kernel, layer: PackedLinear, device: torch.device, trial: Trial | None) -> tuple[str | None, str]:
+    """(why not, None if it is taken; why it is taken)."""
+    asked = layer.compute
+    if kernel.rounds_activations and asked not in ("auto", kernel.compute):
+        return f"computes in {kernel.compute}, {asked} was asked for", ""
+    refusal = kernel.refuse(layer, device)
+    if refusal is not None or not kernel.rounds_activations:
+        return refusal, "serves every device"
+    if asked == "auto":
+        if layer.weight.dtype.itemsize > 2:
+            return "would round activations that are kept in float32 here", ""
+        figure = kernel.known(layer, device)
+        if figure is not None:
+            return None, figure
+        if trial is None or device.type == "cpu":
+            return f"not known to be faster here; --compute {kernel.compute} takes it all the same", ""
+    if trial is None or device.type == "cpu":  # on a CPU a wrong kernel shows in the tests, and a trial takes seconds
+        return None, "asked for"
+    return trial(kernel, layer, device)

@@ -39,8 +39,8 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     return torch.addmm(result.view(-1, rows), F.linear(x, down).view(-1, len(down)), up.t()).view(result.shape)
 
 
-register(
-    Kernel(
-        name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=lambda _layer, _device: None, run=_run
-    )
-)
+def _refuse(layer: PackedLinear, _device: torch.device) -> str | None:
+    return None if isinstance(layer.packing, Svdq) else "its codes lie in another kernel's tiles"
+
+
+register(Kernel(name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run))

@@ -93,6 +93,15 @@ def rotate(weight: Tensor, size: int) -> Tensor:
     return rotated.flatten(1)
 
 
+def rotate_activations(x: Tensor, size: int) -> Tensor:
+    """Activations (..., columns) turned as the weight's columns are, in their own type: then x W^T = (x H) (W H)^T.
+
+    H's entries are powers of two, so that only the sums are rounded.
+    """
+    turned: Tensor = x.unflatten(-1, (-1, size)) @ hadamard(size, x.device).to(x.dtype)
+    return turned.flatten(-2)
+
+
 def is_rotation(size: int, columns: int) -> bool:
     """Whether ConvRot can have this group: a power of four that divides the columns."""
     return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1 and columns % size == 0

@@ -26,27 +26,50 @@ BLOCK = 16
 
 @dataclass(frozen=True)
 class Nvfp4:
-    """codes: uint8 (rows, columns / 2), the even column in the high half of a byte. block_scales: float8_e4m3fn (rows,
-    columns / 16). tensor_scale: float32 (rows, 1).
+    """codes: uint8 (rows, columns / 2), the even column in the high half of a byte. block_scales: uint8 (rows,
+    columns / 16), E4M3 as bytes (see fp8.py). tensor_scale: float32 (rows, 1).
 
-    columns: of the matrix, where its last block is padded; None when the blocks end where the matrix does.
+    columns: of the matrix, where its last block is padded; None when the blocks end where the matrix does. swizzled:
+    whether the block scales are in the order of swizzle.py, padded, as tensor cores read them; the tensor scale is then
+    (1, 1) where one serves all rows.
     """
 
     columns: int | None = None
+    swizzled: bool = False
     name = "nvfp4"
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        from shared.quant import e2m1
+        import torch
 
-        scales = tensors["tensor_scale"] * tensors["block_scales"].float()
+        from shared.quant import e2m1
+        from shared.quant.packings import fp8
+
+        tensors = self._natural(tensors)
+        scales = tensors["tensor_scale"] * fp8.decode(tensors["block_scales"], "e4m3fn", torch.float32)
         numbers = e2m1.unpack_values(tensors["codes"])
         numbers.unflatten(1, (-1, BLOCK)).mul_(scales.unsqueeze(-1))
         return numbers[:, : self.columns].to(dtype)
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        return {name: tensor[start:stop] for name, tensor in tensors.items()}
+        return self._as_kept({name: tensor[start:stop] for name, tensor in self._natural(tensors).items()})
 
     def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         import torch
 
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        natural = [self._natural(part) for part in parts]
+        return self._as_kept({name: torch.cat([part[name] for part in natural]) for name in natural[0]})
+
+    def _as_kept(self, natural: dict[str, Tensor]) -> dict[str, Tensor]:
+        from shared.quant.swizzle import swizzle
+
+        return natural | {"block_scales": swizzle(natural["block_scales"])} if self.swizzled else natural
+
+    def _natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors with the block scales in rows and columns, and a tensor scale for every row."""
+        from shared.quant.swizzle import unswizzle
+
+        if not self.swizzled:
+            return dict(tensors)
+        rows, pairs = tensors["codes"].shape
+        block_scales = unswizzle(tensors["block_scales"], rows, pairs * 2 // BLOCK)
+        return {**tensors, "block_scales": block_scales, "tensor_scale": tensors["tensor_scale"].expand(rows, 1)}

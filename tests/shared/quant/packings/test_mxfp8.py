@@ -21,7 +21,7 @@ def packed(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> tuple[Packed,
     theirs = comfy_kitchen.dequantize_mxfp8(values, stored, torch.float32)
     exponents = unswizzle(stored.view(torch.uint8), rows, values.shape[1] // 32)
     padded = values.shape[1] > columns
-    tensors = {"values": values[:rows], "exponents": exponents}
+    tensors = {"codes": values[:rows].view(torch.uint8), "exponents": exponents}
     return Packed(Mxfp8(columns if padded else None), (rows, columns), tensors), theirs[:rows, :columns]
 
 
@@ -47,7 +47,7 @@ def test_rows_are_taken_anywhere(start: int, stop: int) -> None:
 
     assert rows.shape == (stop - start, COLUMNS)
     assert torch.equal(rows.dequantize(torch.float32), theirs[start:stop])
-    assert rows.tensors["values"].data_ptr() == ours.tensors["values"][start:].data_ptr(), "rows were copied"
+    assert rows.tensors["codes"].data_ptr() == ours.tensors["codes"][start:].data_ptr(), "rows were copied"
 
 
 def test_parts_are_joined_exactly() -> None:

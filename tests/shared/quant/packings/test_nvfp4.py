@@ -21,7 +21,7 @@ def packed(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> tuple[Packed,
     theirs = comfy_kitchen.dequantize_nvfp4(codes, scale, stored, torch.float32)
     tensors = {
         "codes": codes[:rows],
-        "block_scales": unswizzle(stored, rows, codes.shape[1] // 8),
+        "block_scales": unswizzle(stored.view(torch.uint8), rows, codes.shape[1] // 8),
         "tensor_scale": scale.expand(rows, 1).contiguous(),
     }
     padded = codes.shape[1] * 2 > columns
