@@ -121,6 +121,13 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         help="auto, sdpa, sage, sage2, flash or xformers (default: from the preset or config, else auto)",
     )
     machine.add_argument(
+        "--compute",
+        metavar="KIND",
+        default="",
+        help="how packed weights are multiplied: auto, bf16 (the reference), fp8, int8 or native; see docs/compute.md "
+        "(default: from the config, else auto)",
+    )
+    machine.add_argument(
         "--verbose",
         metavar="N",
         type=int,
