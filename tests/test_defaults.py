@@ -86,6 +86,17 @@ PACKED = {
     "z_image_gguf_q5_k_m": ("gguf", r".*-Q5_K_M\.gguf", "GGUF file, 5 and 6 bits"),
     "z_image_gguf_q4_k_m": ("gguf", r".*-Q4_K_M\.gguf", "GGUF file, 4 to 6 bits"),
 }
+# The ControlNet of each preset that has one: gigabytes of its bf16 file, and its name in Wan2GP's preset of the same
+# id (defaults/*.json at 8681e9f7; for 8 steps Wan2GP pairs a Tile file with a Union one, which is not repeated here).
+CONTROL = {
+    "z_image_control": (3.1, "Z-Image-Turbo-Fun-Controlnet-Union_bf16.safetensors"),
+    "z_image_control2": (6.7, "Z-Image-Turbo-Fun-Controlnet-Union2_bf16.safetensors"),
+    "z_image_control2_1": (6.7, "Z-Image-Turbo-Fun-Controlnet-Union2.1_bf16.safetensors"),
+    "z_image_control2_1_8s": (6.7, None),
+    "z_image_control2_1_lite": (2.0, None),
+    "z_image_control2_1_tile": (6.7, None),
+    "z_image_base_control2_1": (6.7, None),
+}
 PLAIN = ("z_image", "z_image_base", "z_image_comfy_bf16")
 BIG = [*PLAIN, *PACKED]
 
@@ -292,7 +303,7 @@ def test_the_demos_files_are_here(collection, preset_id):
 
 
 def test_every_preset_with_big_files_is_described_here():
-    assert sorted([*BIG, "z_image_demo", "z_image_demo_base"]) == IDS
+    assert sorted([*BIG, *CONTROL, "z_image_demo", "z_image_demo_base"]) == IDS
     assert sorted(TRANSFORMERS) == sorted(BIG)
 
 
@@ -304,6 +315,18 @@ def test_packed_files_are_of_the_described_format_and_can_be_read(collection, pr
     assert importlib.import_module(f"shared.quant.formats.{reader}") in formats()
     assert [url for url in preset.urls if not re.fullmatch(name, file_name(url))] == []
     assert re.search(words, preset.description)
+
+
+@pytest.mark.parametrize("preset_id", sorted(CONTROL))
+def test_control_presets_name_one_controlnet_and_its_size(collection, preset_id):
+    gigabytes, wan2gps = CONTROL[preset_id]
+    preset = collection.get(preset_id)
+
+    (module,) = choose_files(preset).modules
+    assert f"{gigabytes} GB" in preset.description
+    assert "guide_preprocessing" in preset.model_def
+    assert wan2gps is None or file_name(module) == wan2gps
+    assert preset.urls == collection.get("z_image_base" if "base" in preset_id else "z_image").urls
 
 
 @pytest.mark.parametrize("preset_id", ["z_image", "z_image_base"])

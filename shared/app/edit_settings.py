@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from shared.app.pictures import FITS
-from shared.preprocess import RAW, require_known
+from shared.preprocess import PREPROCESSORS, RAW, require_known
 from shared.quant.errors import UserError
 
 SIDES = ("left", "top", "right", "bottom")
@@ -145,6 +145,11 @@ def parse_control(text: str) -> tuple[str, str]:
         return text, RAW
     require_known(name)
     return file, name
+
+
+def preprocessor_choices() -> list[tuple[str, str]]:
+    """(what it shows, name) of every preprocessor, for a list to choose from."""
+    return [(f"{words.capitalize()} ({name})", name) for name, words in PREPROCESSORS.items()]
 
 
 def _from_letters(letters: str) -> str:

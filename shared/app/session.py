@@ -296,7 +296,7 @@ class _Run:
         plan = make_plan(self._ctx, self._preset, self._settings, find_machine(self._preset, device))
         edit = open_edit(self._settings, plan.preset.model_def, self._ctx.output_folder)
         for note in edit.notes:
-            self._announce(Status(f"{note[0].upper()}{note[1:]}."))
+            self._announce(Status(f"Note: {note}."))
         planned = time.perf_counter()
         if plan.missing:
             self._fetch(plan.missing)

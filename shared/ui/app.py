@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from shared.quant.errors import UserError
+from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel
 from shared.ui.result_panel import build_result_panel
 from shared.ui.theme import CSS, HEAD, build_theme
@@ -41,7 +42,8 @@ def build_app(ctx: AppContext) -> gr.Blocks:
                 result = build_result_panel()
             with gr.Column(elem_id="settings"):
                 settings = build_settings_panel()
-        wire(ctx, app, compose, settings, result)
+                edit = build_edit_panel()
+        wire(ctx, app, compose, settings, edit, result)
     return app
 
 

@@ -20,6 +20,14 @@ from shared.app.session import Downloading, Event, GenerationResult, ImageDone, 
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError
 from shared.ui import result_panel
+from shared.ui.edit_panel import (
+    EditPanel,
+    control_preview,
+    edit_inputs,
+    edit_outputs,
+    edit_overrides,
+    edit_updates,
+)
 from shared.ui.fields import CUSTOM, RANDOM_SEED, fields_for, find_loras, overrides, preset_choices
 from shared.ui.generate_panel import (
     ComposePanel,
@@ -41,10 +49,18 @@ _CANCELLED = "Cancelled. Pictures that were finished are kept."
 Updates = dict[Any, Any]  # component -> its new value or gr.update(...)
 
 
-def wire(ctx: AppContext, app: gr.Blocks, compose: ComposePanel, settings: SettingsPanel, result: ResultPanel) -> None:
+def wire(
+    ctx: AppContext,
+    app: gr.Blocks,
+    compose: ComposePanel,
+    settings: SettingsPanel,
+    edit: EditPanel,
+    result: ResultPanel,
+) -> None:
     """Attach every event of the page to `ctx`."""
-    page = Page(ctx=ctx, compose=compose, settings=settings, result=result)
-    form = [compose.preset_note, *form_components(compose, settings)]
+    page = Page(ctx=ctx, compose=compose, settings=settings, edit=edit, result=result)
+    form = [compose.preset_note, *form_components(compose, settings), *edit_outputs(edit)]
+    inputs = {*input_components(compose, settings).values(), *edit_inputs(edit).values()}
     buttons = [compose.generate, compose.cancel]
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     at_once: dict[str, Any] = {**quiet, "queue": False}  # answered while pictures are being drawn
@@ -56,12 +72,13 @@ def wire(ctx: AppContext, app: gr.Blocks, compose: ComposePanel, settings: Setti
     drawing = (
         gr.on([compose.generate.click, compose.prompt.submit], page.asked, None, [result.status, *buttons], **at_once)
         .then(
-            page.draw, set(input_components(compose, settings).values()),
+            page.draw, inputs,
             [result.status, result.gallery, result.info, result.seeds, *buttons], concurrency_limit=1, **quiet,
         )
     )  # fmt: skip
     compose.cancel.click(page.cancelled, None, [result.status, *buttons], cancels=[drawing], **at_once)
 
+    edit.preview.click(page.control_previewed, inputs, [result.status, edit.preview_image], **at_once)
     settings.resolution.input(page.size_picked, settings.resolution, settings.custom_size, **at_once)
     settings.NAG_scale.change(page.nag_moved, [compose.preset, settings.NAG_scale], compose.negative_prompt, **at_once)
     settings.random_seed.click(lambda: RANDOM_SEED, None, settings.seed, **at_once)
@@ -94,6 +111,7 @@ class Page:
     ctx: AppContext
     compose: ComposePanel
     settings: SettingsPanel
+    edit: EditPanel
     result: ResultPanel
     easel: Easel = field(default_factory=Easel)
 
@@ -167,6 +185,19 @@ class Page:
         preset = self.ctx.presets.presets.get(preset_id)
         return gr.update(visible=preset is not None and fields_for(preset, {}).uses_negative_prompt(nag_scale))
 
+    def control_previewed(self, entered: Mapping[Any, Any]) -> Updates:
+        """Show what the ControlNet will be shown, without drawing."""
+        try:
+            preset, settings = self._order(entered)
+            seen = control_preview(preset, settings, self.ctx.output_folder)
+        except UserError as error:
+            return {self.result.status: result_panel.failure(error)}
+        words = f"What the model sees: {seen.width} × {seen.height}."
+        return {
+            self.result.status: result_panel.note(words),
+            self.edit.preview_image: gr.update(value=seen, visible=True),
+        }
+
     def seed_reused(self, seeds: list[int]) -> Any:
         """Put the seed of the last picture (the first of several) into the seed field."""
         return seeds[0] if seeds else gr.skip()
@@ -214,7 +245,11 @@ class Page:
         fields = fields_for(preset, values, find_loras(self.ctx.lora_folder(preset)))
         missing = sum(file.path is None for file in find_files(self.ctx, choose_files(preset)))
         note = preset_note(preset.description, missing_files=missing, problems=problems)
-        return {self.compose.preset_note: note} | form_updates(self.compose, self.settings, fields)
+        return {
+            self.compose.preset_note: note,
+            **form_updates(self.compose, self.settings, fields),
+            **edit_updates(self.edit, preset, values, self.ctx.output_folder),
+        }
 
     def _defaults(self, preset: Preset) -> tuple[Mapping[str, Any], list[str]]:
         """The preset's settings under the user's own, and what of the user's cannot be used."""
@@ -239,7 +274,10 @@ class Page:
             raise UserError("No model is chosen.", "Pick one in the list at the top.")
         preset = self.ctx.presets.get(values["preset"])
         saved = self.ctx.saved_settings(preset)
-        return preset, GenerationSettings.build(preset, saved, overrides(fields_for(preset, saved), values))
+        edits = {name: entered.get(part) for name, part in edit_inputs(self.edit).items()}
+        asked = overrides(fields_for(preset, saved), values)
+        asked |= edit_overrides(preset, edits, self.ctx.output_folder)
+        return preset, GenerationSettings.build(preset, saved, asked)
 
     def _events_shown(
         self, events: Generator[Event, None, GenerationResult]

@@ -14,8 +14,8 @@ from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from safetensors.torch import save_file
 
 from models.z_image.config import TransformerConfig
-from models.z_image.control import ControlSignal
-from models.z_image.control_config import release_of
+from models.z_image.control import ControlBranch, ControlSignal
+from models.z_image.control_config import ControlConfig, Refiner, release_of
 from models.z_image.control_loader import plan_control, read_control_config
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
@@ -204,6 +204,26 @@ def test_published_releases_are_told_by_their_tensors(
     assert (config.places, config.in_channels, config.refiner) == (places, channels, refiner)
     assert config.can_inpaint == (channels == 33)
     assert re.search(words, release_of(config))
+
+
+@pytest.mark.parametrize(
+    ("layers", "channels", "refiner", "parameters"),
+    [
+        pytest.param(6, 16, "plain", 1_550_778_368, id="1.0"),
+        pytest.param(15, 33, "layers", 2_950_156_800, id="2.0"),
+        pytest.param(15, 33, "own", 3_356_225_792, id="2.1"),
+        pytest.param(3, 33, "own", 1_008_308_480, id="2.1-lite"),
+    ],
+)
+def test_the_published_sizes_have_the_published_parameter_counts(
+    layers: int, channels: int, refiner: Refiner, parameters: int
+) -> None:
+    with torch.device("meta"):
+        branch = ControlBranch(
+            TransformerConfig(), ControlConfig(places=tuple(range(layers)), in_channels=channels, refiner=refiner)
+        )
+
+    assert sum(p.numel() for p in branch.parameters()) == parameters
 
 
 def test_the_refiner_of_2_0_that_was_never_trained_is_recognised_and_named(tmp_path: Path) -> None:

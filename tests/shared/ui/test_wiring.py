@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from shared.quant.errors import RunError, UserError
+from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel, input_components
 from shared.ui.result_panel import build_result_panel
 from shared.ui.wiring import Page
@@ -24,8 +25,9 @@ OTHER_PAGE = SimpleNamespace(session_hash="another page")
 def page(context) -> Page:
     with gr.Blocks(analytics_enabled=False):
         return Page(
-            ctx=context, compose=build_compose_panel(), settings=build_settings_panel(), result=build_result_panel()
-        )
+            ctx=context, compose=build_compose_panel(), settings=build_settings_panel(), edit=build_edit_panel(),
+            result=build_result_panel(),
+        )  # fmt: skip
 
 
 @pytest.fixture
