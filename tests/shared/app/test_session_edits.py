@@ -1,0 +1,125 @@
+"""A session that draws from pictures: what reaches the model, what is recorded, and that it can be drawn again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shared.app.context import AppContext
+from shared.app.metadata import read_record
+from shared.app.session import Status, StepDone
+from shared.app.settings import GenerationSettings
+from shared.quant.errors import UserError
+from tests.support.fake_family import FakeHandler, fake_context, write_preset
+
+
+@pytest.fixture
+def handler() -> FakeHandler:
+    return FakeHandler()
+
+
+@pytest.fixture
+def ctx(tmp_path: Path, handler: FakeHandler) -> AppContext:
+    write_preset(tmp_path, "one")
+    return fake_context(tmp_path, handler)
+
+
+def order(ctx: AppContext, **overrides: Any) -> GenerationSettings:
+    return GenerationSettings.build(ctx.presets.get("one"), {}, {"prompt": "a fox", "seed": 40, **overrides})
+
+
+def put(path: Path, width: int = 128, height: int = 96) -> str:
+    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def put_mask(path: Path) -> str:
+    mask = Image.new("L", (128, 96))
+    mask.paste(255, (80, 40, 100, 60))
+    mask.save(path)
+    return str(path)
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_picture_mask_and_strength_reach_the_model(ctx: AppContext, handler: FakeHandler, tmp_path: Path) -> None:
+    ctx.session.generate(
+        "one",
+        order(
+            ctx, image_start=put(tmp_path / "a.png"), image_mask=put_mask(tmp_path / "m.png"), denoising_strength=0.7
+        ),
+    )
+
+    (call,) = handler.processors[0].calls
+    assert call["image_start"].shape == (3, call["height"], call["width"])
+    assert set(call["input_masks"].unique().tolist()) == {0.0, 1.0}
+    assert call["denoising_strength"] == 0.7
+    assert "input_frames" not in call
+
+
+def test_an_inpainted_picture_can_be_drawn_again_after_its_sources_are_gone(ctx: AppContext, tmp_path: Path) -> None:
+    start, mask = put(tmp_path / "secret_name.png"), put_mask(tmp_path / "m.png")
+    first = ctx.session.generate("one", order(ctx, image_start=start, image_mask=mask)).images[0]
+    before = pixels(Path(start))
+    Path(start).unlink()
+    Path(mask).unlink()
+
+    record = read_record(first.path)
+    again = ctx.session.generate("one", GenerationSettings.build(ctx.presets.get("one"), record)).images[0]
+
+    assert "secret_name" not in str(record)
+    assert record["video_prompt_type"] == "VA"
+    assert np.array_equal(pixels(again.path), pixels(first.path))
+    kept = np.ones((96, 128), bool)
+    kept[30:70, 70:110] = False
+    assert np.array_equal(pixels(first.path)[kept], before[kept])
+    assert not np.array_equal(pixels(first.path), before)
+
+
+def test_two_passes_are_one_picture_with_one_count_of_steps(ctx: AppContext, handler: FakeHandler) -> None:
+    events: list[Any] = []
+
+    result = ctx.session.generate("one", order(ctx, hires_scale=2, num_inference_steps=3), on_event=events.append)
+
+    calls = handler.processors[0].calls
+    steps = [(event.step, event.steps) for event in events if isinstance(event, StepDone)]
+    assert [(call["width"], call["height"]) for call in calls] == [(64, 48), (128, 96)]
+    assert steps == [(1, 6), (2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    assert result.forwards == 6
+    assert pixels(result.images[0].path).shape == (96, 128, 3)
+
+
+def test_cancelling_between_two_passes_leaves_no_picture(ctx: AppContext) -> None:
+    seen: list[Any] = []
+
+    result = ctx.session.generate(
+        "one", order(ctx, hires_scale=2, num_inference_steps=3), on_event=seen.append,
+        should_stop=lambda: sum(isinstance(event, StepDone) for event in seen) >= 4,
+    )  # fmt: skip
+
+    assert result.cancelled
+    assert result.images == []
+
+
+def test_a_bad_picture_is_told_before_the_model_is_loaded(ctx: AppContext, handler: FakeHandler) -> None:
+    with pytest.raises(UserError, match="there_is_none"):
+        ctx.session.generate("one", order(ctx, image_start="there_is_none.png"))
+
+    assert handler.loads == []
+
+
+def test_what_was_decided_about_a_picture_is_said(ctx: AppContext, tmp_path: Path) -> None:
+    events: list[Any] = []
+
+    ctx.session.generate("one", order(ctx, image_start=put(tmp_path / "a.png")), on_event=events.append)
+
+    said = [event.text for event in events if isinstance(event, Status)]
+    assert "Note: denoising_strength is 1, so nothing of the picture will show." in said
