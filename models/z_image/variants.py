@@ -70,7 +70,8 @@ class Variant:
 
 
 _ROWS = (
-    Variant(architecture="z_image", nag=True, default_settings=_TURBO_DEFAULTS),
+    # "guidance_optional" is our own: the page offers guidance, which Turbo can do without.
+    Variant(architecture="z_image", nag=True, default_settings=_TURBO_DEFAULTS, extra_def={"guidance_optional": True}),
     Variant(
         architecture="z_image_base",
         guidance_max_phases=1,

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from shared import samplers
 from shared.utils.hf import build_hf_url
 
 from . import variants
@@ -71,6 +72,7 @@ class family_handler:
             "guidance_max_phases": variant.guidance_max_phases,
             "flow_shift": variant.flow_shift,
             "NAG": variant.nag,
+            "sample_solvers": samplers.choices(unified=bool((model_def or {}).get("unified_solver"))),
             "fit_into_canvas_image_refs": 0,
             "profiles_dir": [],
             "vae_upsamplers": {"flux_vae_pid": [1, 2]},

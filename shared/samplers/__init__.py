@@ -50,13 +50,12 @@ _ENTRIES = {
     "res_multistep": _Entry("res_multistep", "RES multistep"),
     "er_sde": _Entry("er_sde", "ER-SDE, fresh noise each step"),
     "lcm": _Entry("lcm", "LCM, fresh noise each step"),
-    "unified": _Entry("unified", "TwinFlow unified"),
+    "unified": _Entry("unified", "TwinFlow unified (default)"),
     "unified_2s": _Entry("unified", "TwinFlow unified, 2 steps", fixed_steps=2),
     "unified_4s": _Entry("unified", "TwinFlow unified, 4 steps", fixed_steps=4),
     "twinflow": _Entry("unified", "TwinFlow unified"),
 }
 UNIFIED = "unified"
-_ALIASES = ("euler", "twinflow")
 
 
 def names() -> tuple[str, ...]:
@@ -64,12 +63,13 @@ def names() -> tuple[str, ...]:
 
 
 def choices(*, unified: bool = False) -> list[tuple[str, str]]:
-    """(label, name) pairs for a person to choose from, one per sampler; the unified ones only where they fit."""
-    return [
-        (entry.label, name)
-        for name, entry in _ENTRIES.items()
-        if name not in _ALIASES and (entry.module == UNIFIED) <= unified
-    ]
+    """(label, name) pairs for a person to choose from, the model's own first.
+
+    unified: for TwinFlow's weights, whose own is the unified sampler; others are not offered it.
+    """
+    own = [(entry.label, name) for name, entry in _ENTRIES.items() if entry.module == UNIFIED and name != "twinflow"]
+    plain = [(entry.label, name) for name, entry in _ENTRIES.items() if entry.module != UNIFIED]
+    return [*own, *plain[1:]] if unified else [plain[0], *plain[2:]]
 
 
 def get(name: str) -> Sampler:

@@ -15,6 +15,7 @@ from shared.quant.errors import UserError
 from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel
 from shared.ui.result_panel import build_result_panel
+from shared.ui.sampling_panel import build_sampling_panel
 from shared.ui.theme import CSS, HEAD, build_theme
 from shared.ui.wiring import wire
 
@@ -42,8 +43,9 @@ def build_app(ctx: AppContext) -> gr.Blocks:
                 result = build_result_panel()
             with gr.Column(elem_id="settings"):
                 settings = build_settings_panel()
+                sampling = build_sampling_panel()
                 edit = build_edit_panel()
-        wire(ctx, app, compose, settings, edit, result)
+        wire(ctx, app, compose, settings, sampling, edit, result)
     return app
 
 

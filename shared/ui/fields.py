@@ -13,7 +13,6 @@ from shared.app.presets import Preset
 
 CUSTOM = "custom"  # the resolution choice that opens the width and height fields
 RANDOM_SEED = -1
-NAG_READY = False  # the pipeline refuses NAG so far: its fields are locked, and pictures are drawn without it
 LORA_SUFFIXES = (".safetensors", ".sft")
 
 # Aspect ratios offered when the model definition names no resolutions, at the area of the preset's own default.
@@ -53,9 +52,9 @@ class Fields:
     activated_loras: tuple[str, ...]
     loras_multipliers: str
 
-    def uses_negative_prompt(self, nag_scale: float) -> bool:
-        """Whether a negative prompt changes the picture: through guidance, or through NAG above 1."""
-        return self.has_guidance or (self.has_nag and NAG_READY and nag_scale > 1)
+    def uses_negative_prompt(self, guidance_scale: float, nag_scale: float) -> bool:
+        """Whether a negative prompt changes the picture: through guidance above 0, or through NAG above 1."""
+        return (self.has_guidance and guidance_scale > 0) or (self.has_nag and nag_scale > 1)
 
 
 def fields_for(preset: Preset, values: Mapping[str, Any], loras: Sequence[str] = ()) -> Fields:
@@ -77,7 +76,7 @@ def fields_for(preset: Preset, values: Mapping[str, Any], loras: Sequence[str] =
         height=height,
         num_inference_steps=int(settings.get("num_inference_steps") or 8),
         steps_locked=bool(model_def.get("lock_inference_steps")),
-        has_guidance=int(model_def.get("guidance_max_phases") or 0) > 0,
+        has_guidance=bool(model_def.get("guidance_max_phases") or model_def.get("guidance_optional")),
         guidance_scale=float(settings.get("guidance_scale") or 0.0),
         negative_prompt=str(settings.get("negative_prompt") or ""),
         has_flow_shift=bool(model_def.get("flow_shift")),
@@ -107,20 +106,19 @@ def overrides(fields: Fields, entered: Mapping[str, Any]) -> dict[str, Any]:
         size = f"{entered['width'] or 0}x{entered['height'] or 0}"
     known = {
         "prompt": True,
-        "negative_prompt": fields.uses_negative_prompt(entered["NAG_scale"] or 1.0),
+        "negative_prompt": fields.uses_negative_prompt(entered["guidance_scale"] or 0.0, entered["NAG_scale"] or 1.0),
         "num_inference_steps": True,
         "guidance_scale": fields.has_guidance,
         "seed": True,
         "batch_size": True,
         "flow_shift": fields.has_flow_shift,
         "sample_solver": bool(fields.solvers),
-        **dict.fromkeys(("NAG_scale", "NAG_tau", "NAG_alpha"), fields.has_nag and NAG_READY),
+        **dict.fromkeys(("NAG_scale", "NAG_tau", "NAG_alpha"), fields.has_nag),
         "activated_loras": True,
         "loras_multipliers": bool(entered["activated_loras"]),
     }
-    without_nag = {"NAG_scale": 1.0} if fields.has_nag and not NAG_READY else {}
     taken = {key: entered[key] for key, is_known in known.items() if is_known and entered[key] is not None}
-    return {"resolution": size, **taken, **without_nag}
+    return {"resolution": size, **taken}
 
 
 def preset_choices(grouped: Sequence[tuple[str, Sequence[Preset]]]) -> list[tuple[str, str]]:

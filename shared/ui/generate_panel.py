@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from shared.ui.fields import CUSTOM, NAG_READY, RANDOM_SEED, Fields
+from shared.ui.fields import CUSTOM, RANDOM_SEED, Fields
 
 STEPS_SHOWN = 50  # end of the slider: more brings nothing a person can see; a picture's own settings may exceed it
 
@@ -102,14 +102,10 @@ def build_settings_panel() -> SettingsPanel:
         flow_shift = gr.Slider(0.5, 12, value=3, step=0.1, label="Flow shift", elem_id="flow-shift", visible=False,
                                info="Above 1, more of the steps go to the composition.", buttons=[])  # fmt: skip
         with gr.Column(elem_id="nag", visible=False) as nag_group:
-            locked: dict[str, Any] = {"interactive": NAG_READY, "buttons": []}
-            effect = "Above 1, the negative prompt works without guidance."
-            words = effect if NAG_READY else "Not in this version yet: pictures are drawn without it."
-            nag_scale = gr.Slider(
-                1, 20, value=1, step=0.25, label="NAG scale", elem_id="nag-scale", info=words, **locked
-            )
-            nag_tau = gr.Slider(1, 10, value=3.5, step=0.1, label="NAG tau", elem_id="nag-tau", **locked)
-            nag_alpha = gr.Slider(0, 1, value=0.5, step=0.05, label="NAG alpha", elem_id="nag-alpha", **locked)
+            nag_scale = gr.Slider(1, 20, value=1, step=0.25, label="NAG scale", elem_id="nag-scale", buttons=[],
+                                  info="Above 1, the negative prompt works without guidance.")  # fmt: skip
+            nag_tau = gr.Slider(1, 10, value=3.5, step=0.1, label="NAG tau", elem_id="nag-tau", buttons=[])
+            nag_alpha = gr.Slider(0, 1, value=0.5, step=0.05, label="NAG alpha", elem_id="nag-alpha", buttons=[])
     with gr.Accordion("Start from a picture's settings", elem_id="restore", open=False):
         # image_mode=None keeps the uploaded file as it is; converting it would drop the settings inside.
         picture = gr.Image(show_label=False, elem_id="picture", type="filepath", image_mode=None, height=200,
@@ -151,7 +147,7 @@ def form_updates(compose: ComposePanel, settings: SettingsPanel, form: Fields) -
     """Show the fields of a preset with their choices and values, and hide those its model does not know."""
     return {
         compose.negative_prompt: gr.update(
-            value=form.negative_prompt, visible=form.uses_negative_prompt(form.NAG_scale)
+            value=form.negative_prompt, visible=form.uses_negative_prompt(form.guidance_scale, form.NAG_scale)
         ),
         settings.resolution: gr.update(choices=list(form.resolutions), value=form.resolution),
         settings.custom_size: gr.update(visible=form.resolution == CUSTOM),

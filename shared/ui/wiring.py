@@ -38,6 +38,7 @@ from shared.ui.generate_panel import (
     preset_note,
 )
 from shared.ui.result_panel import ResultPanel
+from shared.ui.sampling_panel import SamplingPanel, sampling_components, sampling_overrides, sampling_updates
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
@@ -54,13 +55,15 @@ def wire(
     app: gr.Blocks,
     compose: ComposePanel,
     settings: SettingsPanel,
+    sampling: SamplingPanel,
     edit: EditPanel,
     result: ResultPanel,
 ) -> None:
     """Attach every event of the page to `ctx`."""
-    page = Page(ctx=ctx, compose=compose, settings=settings, edit=edit, result=result)
-    form = [compose.preset_note, *form_components(compose, settings), *edit_outputs(edit)]
-    inputs = {*input_components(compose, settings).values(), *edit_inputs(edit).values()}
+    page = Page(ctx=ctx, compose=compose, settings=settings, sampling=sampling, edit=edit, result=result)
+    of_sampling = sampling_components(sampling).values()
+    form = [compose.preset_note, *form_components(compose, settings), *of_sampling, *edit_outputs(edit)]
+    inputs = {*input_components(compose, settings).values(), *of_sampling, *edit_inputs(edit).values()}
     buttons = [compose.generate, compose.cancel]
     quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     at_once: dict[str, Any] = {**quiet, "queue": False}  # answered while pictures are being drawn
@@ -80,7 +83,10 @@ def wire(
 
     edit.preview.click(page.control_previewed, inputs, [result.status, edit.preview_image], **at_once)
     settings.resolution.input(page.size_picked, settings.resolution, settings.custom_size, **at_once)
-    settings.NAG_scale.change(page.nag_moved, [compose.preset, settings.NAG_scale], compose.negative_prompt, **at_once)
+    gr.on(
+        [settings.guidance_scale.change, settings.NAG_scale.change], page.guidance_moved,
+        [compose.preset, settings.guidance_scale, settings.NAG_scale], compose.negative_prompt, **at_once,
+    )  # fmt: skip
     settings.random_seed.click(lambda: RANDOM_SEED, None, settings.seed, **at_once)
     settings.reuse_seed.click(page.seed_reused, result.seeds, settings.seed, **at_once)
     settings.use_settings.click(
@@ -111,6 +117,7 @@ class Page:
     ctx: AppContext
     compose: ComposePanel
     settings: SettingsPanel
+    sampling: SamplingPanel
     edit: EditPanel
     result: ResultPanel
     easel: Easel = field(default_factory=Easel)
@@ -180,10 +187,11 @@ class Page:
         """Open the width and height fields for a custom size."""
         return gr.update(visible=resolution == CUSTOM)
 
-    def nag_moved(self, preset_id: str, nag_scale: float) -> Any:
-        """Show the negative prompt as soon as NAG makes it count."""
+    def guidance_moved(self, preset_id: str, guidance_scale: float, nag_scale: float) -> Any:
+        """Show the negative prompt as soon as guidance or NAG makes it count."""
         preset = self.ctx.presets.presets.get(preset_id)
-        return gr.update(visible=preset is not None and fields_for(preset, {}).uses_negative_prompt(nag_scale))
+        counts = preset is not None and fields_for(preset, {}).uses_negative_prompt(guidance_scale or 0, nag_scale or 1)
+        return gr.update(visible=counts)
 
     def control_previewed(self, entered: Mapping[Any, Any]) -> Updates:
         """Show what the ControlNet will be shown, without drawing."""
@@ -248,6 +256,7 @@ class Page:
         return {
             self.compose.preset_note: note,
             **form_updates(self.compose, self.settings, fields),
+            **sampling_updates(self.sampling, preset, values),
             **edit_updates(self.edit, preset, values, self.ctx.output_folder),
         }
 
@@ -276,6 +285,8 @@ class Page:
         saved = self.ctx.saved_settings(preset)
         edits = {name: entered.get(part) for name, part in edit_inputs(self.edit).items()}
         asked = overrides(fields_for(preset, saved), values)
+        samplings = {name: entered.get(part) for name, part in sampling_components(self.sampling).items()}
+        asked |= sampling_overrides(samplings)
         asked |= edit_overrides(preset, edits, self.ctx.output_folder)
         return preset, GenerationSettings.build(preset, saved, asked)
 

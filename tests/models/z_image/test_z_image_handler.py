@@ -48,6 +48,9 @@ CONTROL2_DEF = CONTROL_DEF | {
     "inpaint_support": True,
     "inpaint_video_prompt_type": "VA",
 }
+# Keys that Wan2GP's own handler does not set: samplers, which a host offers as it does for other families, and whether
+# a model made to do without guidance may have it, which a host ignores.
+OURS = ("sample_solvers", "guidance_optional")
 MODEL_DEFS = {
     "z_image": COMMON_DEF | {"NAG": True},
     "z_image_base": COMMON_DEF | {"guidance_max_phases": 1, "flow_shift": True},
@@ -131,7 +134,9 @@ def test_family_values_equal_wan2gp():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_model_definition_equals_wan2gp(architecture):
-    assert family_handler.query_model_def(architecture, {}) == MODEL_DEFS[architecture]
+    found = family_handler.query_model_def(architecture, {})
+
+    assert {key: value for key, value in found.items() if key not in OURS} == MODEL_DEFS[architecture]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -157,7 +162,8 @@ def test_a_host_may_change_what_it_was_given_without_changing_the_next_answer():
     files = family_handler.query_model_files(list, "z_image")
     files[0]["fileList"][0].clear()
 
-    assert family_handler.query_model_def("z_image_control2", {}) == MODEL_DEFS["z_image_control2"]
+    again = family_handler.query_model_def("z_image_control2", {})
+    assert {key: value for key, value in again.items() if key not in OURS} == MODEL_DEFS["z_image_control2"]
     assert family_handler.query_model_files(list, "z_image") == [MODEL_FILES]
 
 
@@ -358,3 +364,12 @@ def test_settings_of_turbo_and_base_are_interchangeable_in_a_host(tmp_path):
 
     assert canonical("z_image_base") == canonical("z_image")
     assert canonical("z_image_control") != canonical("z_image_control2") == canonical("z_image_control2_1")
+
+
+def test_the_unified_sampler_is_offered_first_for_the_weights_made_for_it_and_nowhere_else() -> None:
+    plain = family_handler.query_model_def("z_image", {})["sample_solvers"]
+    twinflow = family_handler.query_model_def("z_image", {"unified_solver": True})["sample_solvers"]
+
+    assert plain[0] == ("Euler (default)", "default")
+    assert not any("unified" in name for _, name in plain)
+    assert twinflow[0][1] == "unified"

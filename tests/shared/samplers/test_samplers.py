@@ -127,9 +127,10 @@ def test_no_name_means_the_default() -> None:
     assert samplers.get("") is samplers.get("default")
 
 
-def test_choices_offer_each_sampler_once_and_the_unified_ones_only_where_they_fit() -> None:
-    plain = [name for _, name in samplers.choices()]
-    unified_too = [name for _, name in samplers.choices(unified=True)]
+def test_choices_offer_the_models_own_first_and_each_sampler_once() -> None:
+    others = ["heun", "dpmpp_2m", "res_multistep", "er_sde", "lcm"]
 
-    assert plain == ["default", "heun", "dpmpp_2m", "res_multistep", "er_sde", "lcm"]
-    assert unified_too == [*plain, "unified", "unified_2s", "unified_4s"]
+    assert [name for _, name in samplers.choices()] == ["default", *others]
+    assert [name for _, name in samplers.choices(unified=True)] == [
+        "unified", "unified_2s", "unified_4s", "euler", *others
+    ]  # fmt: skip

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 
-from models.z_image.request import from_host_kwargs
-from shared.quant.errors import UserError
-from shared.ui import fields as fields_module
 from shared.ui.fields import CUSTOM, fields_for, find_loras, overrides, preset_choices, size_label
 
 
@@ -52,16 +49,14 @@ def test_a_size_that_is_not_offered_opens_as_custom(preset_of) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_def", "nag_scale", "expected"),
-    [({}, 1.0, False), ({}, 5.0, False), ({"guidance_max_phases": 1}, 1.0, True), ({"NAG": True}, 1.0, False),
-     ({"NAG": True}, 1.5, True)],
+    ("model_def", "guidance", "nag_scale", "expected"),
+    [({}, 4.0, 5.0, False), ({"guidance_max_phases": 1}, 4.0, 1.0, True), ({"guidance_max_phases": 1}, 0.0, 1.0, False),
+     ({"guidance_optional": True}, 2.0, 1.0, True), ({"NAG": True}, 0.0, 1.0, False), ({"NAG": True}, 0.0, 1.5, True)],
 )  # fmt: skip
 def test_a_negative_prompt_is_offered_where_it_changes_the_picture(
-    preset_of, monkeypatch, model_def, nag_scale, expected
+    preset_of, model_def, guidance, nag_scale, expected
 ) -> None:
-    monkeypatch.setattr(fields_module, "NAG_READY", True)
-
-    assert fields_for(preset_of(model_def=model_def), {}).uses_negative_prompt(nag_scale) is expected
+    assert fields_for(preset_of(model_def=model_def), {}).uses_negative_prompt(guidance, nag_scale) is expected
 
 
 def test_an_order_leaves_out_what_the_model_does_not_know(preset_of) -> None:
@@ -81,24 +76,11 @@ def test_an_order_holds_guidance_shift_and_negative_prompt_where_the_model_knows
     assert "NAG_scale" not in order
 
 
-def test_nag_is_open_on_the_page_exactly_when_the_pipeline_can_draw_with_it() -> None:
-    try:
-        from_host_kwargs({}, {"input_prompt": "a red circle", "NAG_scale": 2.0})
-        can_draw = True
-    except UserError:
-        can_draw = False
+def test_an_order_holds_nag_where_the_model_offers_it(preset_of) -> None:
+    fields = fields_for(preset_of(model_def={"NAG": True}), {})
+    order = overrides(fields, entered(NAG_scale=5.0))
 
-    assert fields_module.NAG_READY is can_draw
-
-
-def test_while_nag_is_locked_pictures_are_ordered_without_it(preset_of, monkeypatch) -> None:
-    fields = fields_for(preset_of(model_def={"NAG": True}), {"NAG_scale": 5.0})
-
-    monkeypatch.setattr(fields_module, "NAG_READY", False)
-    assert overrides(fields, entered(NAG_scale=5.0))["NAG_scale"] == 1.0
-
-    monkeypatch.setattr(fields_module, "NAG_READY", True)
-    assert overrides(fields, entered(NAG_scale=5.0))["NAG_scale"] == 5.0
+    assert (order["NAG_scale"], order["NAG_tau"], order["NAG_alpha"], order["negative_prompt"]) == (5, 3.5, 0.5, "blue")
 
 
 def test_a_custom_size_is_taken_from_its_two_fields_and_an_empty_field_is_left_to_the_preset(preset_of) -> None:

@@ -15,6 +15,7 @@ from shared.quant.errors import RunError, UserError
 from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel, input_components
 from shared.ui.result_panel import build_result_panel
+from shared.ui.sampling_panel import build_sampling_panel, sampling_components
 from shared.ui.wiring import Page
 
 THIS_PAGE = SimpleNamespace(session_hash="this page")
@@ -25,8 +26,8 @@ OTHER_PAGE = SimpleNamespace(session_hash="another page")
 def page(context) -> Page:
     with gr.Blocks(analytics_enabled=False):
         return Page(
-            ctx=context, compose=build_compose_panel(), settings=build_settings_panel(), edit=build_edit_panel(),
-            result=build_result_panel(),
+            ctx=context, compose=build_compose_panel(), settings=build_settings_panel(),
+            sampling=build_sampling_panel(), edit=build_edit_panel(), result=build_result_panel(),
         )  # fmt: skip
 
 
@@ -132,12 +133,12 @@ def test_refresh_with_a_broken_preset_file_says_which_and_keeps_the_old_ones(pag
     assert page.compose.preset not in page.refreshed("guided")
 
 
-def test_nag_above_one_brings_the_negative_prompt(page: Page, monkeypatch) -> None:
-    monkeypatch.setattr("shared.ui.fields.NAG_READY", True)
-
-    assert not visible(page.nag_moved("nag", 1.0))
-    assert visible(page.nag_moved("nag", 1.5))
-    assert not visible(page.nag_moved("z_image_demo", 1.5))
+def test_nag_above_one_and_guidance_above_zero_bring_the_negative_prompt(page: Page) -> None:
+    assert not visible(page.guidance_moved("nag", 0, 1.0))
+    assert visible(page.guidance_moved("nag", 0, 1.5))
+    assert not visible(page.guidance_moved("z_image_demo", 0, 1.5))
+    assert visible(page.guidance_moved("guided", 2.0, 1.0))
+    assert not visible(page.guidance_moved("guided", 0, 1.0))
 
 
 def test_lora_files_of_the_family_are_offered_and_ordered(page: Page, context, entered) -> None:
@@ -302,3 +303,19 @@ def test_what_carries_no_settings_is_refused_in_words(page: Page, tmp_path: Path
 
     assert 'role="alert"' in shown[page.result.status]
     assert list(shown) == [page.result.status]
+
+
+def test_noise_and_prompt_settings_follow_the_preset_and_reach_the_order(page: Page, context, entered) -> None:
+    context.saved["z_image_demo"] = {"schedule": "beta", "sigmas": [1, 0.5], "diversity": 0.5}
+    parts = sampling_components(page.sampling)
+    shown = page.preset_picked("z_image_demo")
+
+    assert (shown[parts["schedule"]], shown[parts["sigmas"]], shown[parts["long_prompt"]]) == ("beta", "1, 0.5", "keep")
+
+    changes = {"schedule": "linear", "sigmas": "1, 0.6, 0.3", "variation_strength": 0.2, "variation_seed": 4}
+    filled = {parts[key]: value for key, value in changes.items()}
+    _, settings = page._order(entered() | filled)
+
+    assert (settings.sampling.schedule, settings.sampling.sigmas) == ("linear", (1, 0.6, 0.3))
+    assert (settings.sampling.variation_strength, settings.sampling.variation_seed) == (0.2, 4)
+    assert settings.num_inference_steps == 3
