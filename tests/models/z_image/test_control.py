@@ -13,6 +13,7 @@ import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from safetensors.torch import save_file
 
+from models.z_image import lora
 from models.z_image.config import TransformerConfig
 from models.z_image.control import ControlBranch, ControlSignal
 from models.z_image.control_config import ControlConfig, Refiner, release_of
@@ -21,6 +22,7 @@ from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UnknownFormatError
+from shared.quant.linear import PackedLinear
 from tests.support.tiny_model import randomise, relative_error
 
 TOLERANCE = 1e-5  # sums of 1024 float32 products in another order differ by some 1e-7
@@ -284,3 +286,49 @@ def test_a_module_that_is_no_control_branch_is_named(trunk_file: Path) -> None:
 def test_two_branches_at_once_are_refused(trunk_file: Path) -> None:
     with pytest.raises(UnknownFormatError, match="one ControlNet at a time"):
         load_transformer([trunk_file, trunk_file, trunk_file], torch.float32)
+
+
+def test_a_packed_branch_steers_like_its_own_expanded_weights(
+    tmp_path: Path, trunk: ZImageTransformer2DModel, trunk_file: Path
+) -> None:
+    plain, packed = {}, {}
+    for name, tensor in branch_state(reference_branch("2.1", trunk)).items():
+        if tensor.ndim == 2 and ("attention" in name or "feed_forward" in name):
+            scale = tensor.abs().max() / 448
+            codes = (tensor / scale).to(torch.float8_e4m3fn)
+            packed |= {name: codes, name.replace(".weight", ".weight_scale"): scale}
+            plain[name] = codes.float() * scale
+        else:
+            packed[name] = plain[name] = tensor
+    save_file(packed, tmp_path / "packed.safetensors")
+    save_file(plain, tmp_path / "plain.safetensors")
+    latents, time, captions, context = inputs("2.1")
+
+    models = [load_transformer([trunk_file, tmp_path / f"{n}.safetensors"], torch.float32) for n in ("packed", "plain")]
+
+    assert any(isinstance(module, PackedLinear) for module in models[0].control.modules())
+    ours, theirs = (model(latents, time, captions, ControlSignal(context, 0.7)) for model in models)
+    assert relative_error(ours, theirs) <= TOLERANCE
+
+
+def test_a_lora_reaches_the_transformer_and_leaves_the_branch_alone(
+    tmp_path: Path, load: Callable[[str], Any], trunk_file: Path
+) -> None:
+    pairs = {
+        "diffusion_model.layers.1.attention.to_v.lora_A.weight": torch.randn(4, TRUNK.dim),
+        "diffusion_model.layers.1.attention.to_v.lora_B.weight": torch.randn(TRUNK.dim, 4),
+    }
+    save_file(pairs, tmp_path / "lora.safetensors")
+    model, _ = load("2.1")
+    latents, time, captions, context = inputs("2.1")
+    before = model(latents, time, captions, ControlSignal(context, 0.7))
+
+    (match,) = lora.apply(model, [lora.read(tmp_path / "lora.safetensors")], [1.0])
+    changed = model(latents, time, captions, ControlSignal(context, 0.7))
+    hooked = [name for name, module in model.named_modules() if module._forward_hooks]
+    lora.apply(model, [], [])
+
+    assert (match.matched > 0, match.unmatched) == (True, ())
+    assert relative_error(changed, before) > 1e-3
+    assert hooked == ["layers.1.attention.qkv"]
+    assert torch.equal(model(latents, time, captions, ControlSignal(context, 0.7)), before)
