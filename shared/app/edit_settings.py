@@ -26,7 +26,7 @@ _LETTERS = {"canny": "E", "scribble": "S", "gray": "C"}
 _RANGES: Mapping[str, tuple[float, float]] = {
     "control_start": (0, 1),
     "control_end": (0, 1),
-    "mask_expand": (0, 1024),
+    "mask_expand": (-1024, 1024),
     "mask_feather": (0, 1024),
     "hires_scale": (1, 4),
     "hires_strength": (0, 1),
@@ -40,7 +40,7 @@ class EditSettings:
 
     image_start: picture to change. image_mask: white is repainted. image_guide: picture for the ControlNet.
     control_preprocessor: what it is turned into. control_start, control_end: shares of the steps in which it counts.
-    mask_expand: pixels by which the mask grows. mask_feather: pixels over which its edge fades out, beyond that.
+    mask_expand: pixels by which the mask grows, below 0 shrinks. mask_feather: pixels over which its edge fades out, beyond that.
     inpaint_area: one of AREAS. image_fit: one of FITS, for pictures of another shape than the drawing.
     outpaint: margins to draw around the picture, "left=128,bottom=64".
     hires_scale, hires_strength: a second pass over the enlarged drawing. tile_scale: enlarge image_start that much,

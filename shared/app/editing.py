@@ -108,10 +108,8 @@ class Edit:
         names = {}
         for key, path in self.sources.items():
             name = f"{INPUTS}/{sha256_of(path)[:16]}{path.suffix.lower()}"
-            copy = folder / name
-            if not copy.is_file():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                write_file(copy, lambda file, source=path: file.write(source.read_bytes()))
+            if not (folder / name).is_file():
+                _copy(path, folder / name)
             names[key] = name
         return names
 
@@ -189,12 +187,19 @@ class Edit:
         inner = np.zeros((self._picture.height, self._picture.width), np.uint8)
         if self.mask is not None:
             inner = np.asarray(self.mask)
+        grow = self._edit.mask_expand
+        if grow < 0:
+            # With a rim of zeros, so that a mask does not hold on to the picture's border.
+            depth = cv2.distanceTransform(np.pad(inner, 1), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+            inner = np.where(depth > -grow, 255, 0)
         solid = np.pad(inner, ((top, bottom), (left, right)), constant_values=255) > 0
-        if self._edit.mask_expand or self._edit.mask_feather:
+        if not solid.any():
+            raise UserError(f'"mask_expand" {grow} leaves nothing of the mask.', "Take a number nearer to 0.")
+        if grow > 0 or self._edit.mask_feather:
             away = cv2.distanceTransform((~solid).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
         else:
             away = np.where(solid, 0.0, np.inf)
-        beyond = away - self._edit.mask_expand
+        beyond = away - max(grow, 0)
         fade = np.clip(1 - beyond / (self._edit.mask_feather + 1), 0, 1)  # 1 inside, 0 from feather + 1 pixels on
         return canvas, np.ceil(fade * 255).astype(np.uint8)
 
@@ -341,6 +346,12 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
         notes=tuple(notes),
         sources=sources,
     )
+
+
+def _copy(source: Path, target: Path) -> None:
+    data = source.read_bytes()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_file(target, lambda file: file.write(data))
 
 
 def _find(path: str, folder: Path) -> Path:

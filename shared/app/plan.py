@@ -233,8 +233,8 @@ def _weigh(
             transformer=[*known["transformer"], *known["module"]],
             text_encoder=known["text_encoder"][0],
             vae=known["vae"][0],
-            width=settings.width,
-            height=settings.height,
+            width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
+            height=round(settings.height * settings.edit.hires_scale),
             tile_cells=settings.VAE_tile_size,
             compute_bytes=DTYPE_BYTES[machine.dtype.value],
             vae_bytes=DTYPE_BYTES[VAE_DTYPE],

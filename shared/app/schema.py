@@ -176,7 +176,7 @@ SETTING_KEYS: Mapping[str, Key] = {
     "denoising_strength": Key(NUMBER, "share of the schedule that is run on a given picture, 0 to 1", 1.0),
     "image_start": Key(TEXT, "picture to change: image to image, inpainting, outpainting", ""),
     "image_mask": Key(TEXT, "mask over it, white is repainted", ""),
-    "mask_expand": Key(WHOLE, "pixels by which the mask grows", 0),
+    "mask_expand": Key(WHOLE, "pixels by which the mask grows, below 0 shrinks", 0),
     "mask_feather": Key(WHOLE, "pixels over which its edge fades out, beyond that", 8),
     "inpaint_area": Key(TEXT, '"masked" draws the surroundings of the mask at the resolution, "whole" all', "masked"),
     "image_fit": Key(TEXT, 'pictures of another shape: "crop", "pad" or "stretch"', "crop"),

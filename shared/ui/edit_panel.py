@@ -64,7 +64,7 @@ def build_edit_panel() -> EditPanel:
             info="How much is drawn anew. Inside a painted mask, 1 is usual.", **plain,
         )  # fmt: skip
         with gr.Row():
-            mask_expand = gr.Slider(0, 64, value=usual.mask_expand, step=1, label="Grow the mask", **plain)
+            mask_expand = gr.Slider(-64, 64, value=usual.mask_expand, step=1, label="Grow the mask", **plain)
             mask_feather = gr.Slider(0, 64, value=usual.mask_feather, step=1, label="Fade its edge", **plain)
         inpaint_area = gr.Dropdown(
             label="Area", choices=[(words.capitalize(), name) for name, words in AREAS.items()],
@@ -169,8 +169,8 @@ def edit_overrides(preset: Preset, entered: Mapping[str, Any], folder: Path) -> 
     if has_control(preset):
         taken |= {key: entered.get(key) for key in ("control_net_weight", "image_fit")}
         if entered.get("image_guide"):
-            keys = ("image_guide", "control_preprocessor", "control_start", "control_end")
-            taken |= {key: entered.get(key) for key in keys}
+            of_control = ("image_guide", "control_preprocessor", "control_start", "control_end")
+            taken |= {key: entered.get(key) for key in of_control}
     return {key: value for key, value in taken.items() if value is not None}
 
 

@@ -123,6 +123,18 @@ def test_a_feathered_mask_fades_out_over_its_width_and_no_further(studio: Studio
     assert np.array_equal(np.asarray(result)[:, :36], np.asarray(picture)[:, :36])
 
 
+def test_a_mask_can_shrink_but_not_to_nothing(studio: Studio) -> None:
+    picture, mask = noise_picture(64, 64), a_mask(64, 64, (0, 16, 32, 48))
+    paths = {"image_start": studio.put("a.png", picture), "image_mask": studio.put("m.png", mask), "mask_feather": 0}
+
+    result = studio.open(mask_expand=-4, **paths).draw(studio.draw)
+
+    assert green_share(result)[20:44, 4:28].all()
+    assert green_share(result).sum() == 24 * 24
+    with pytest.raises(UserError, match="leaves nothing of the mask"):
+        studio.open(mask_expand=-20, **paths).draw(studio.draw)
+
+
 def test_a_small_mask_is_drawn_from_its_surroundings_at_the_chosen_resolution(studio: Studio) -> None:
     picture, mask = noise_picture(1000, 800), a_mask(1000, 800, (900, 700, 960, 760))
     edit = studio.open(image_start=studio.put("a.png", picture), image_mask=studio.put("m.png", mask), size=(256, 256))
