@@ -40,6 +40,9 @@ class TransformerConfig:
     has_second_time: bool = False  # TwinFlow: an embedding of the time that a step is for
 
     def __post_init__(self) -> None:
+        sizes = ("dim", "n_layers", "n_heads", "in_channels", "cap_feat_dim", "ffn_dim", "time_dim", "time_hidden_dim")
+        if empty := [name for name in sizes if getattr(self, name) < 1]:
+            raise ValueError(f"{empty[0]} above 0")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
         if sum(self.axes_dims) != self.head_dim:
@@ -55,8 +58,14 @@ class TransformerConfig:
         return self.patch_size * self.patch_size * self.in_channels
 
     def with_json(self, text: str) -> TransformerConfig:
-        """Overlay what a header's `config` JSON (diffusers' config.json) says and no tensor shape can."""
-        given: dict[str, Any] = json.loads(text)
+        """Overlay what a header's `config` JSON (diffusers' config.json) says and no tensor shape can.
+
+        Raises ValueError or TypeError for a text or values that cannot be used.
+        """
+        try:
+            given: dict[str, Any] = json.loads(text)
+        except RecursionError as error:
+            raise ValueError("its JSON is nested too deeply") from error
         known = ("axes_dims", "axes_lens", "rope_theta", "t_scale", "norm_eps")
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values.update({k: tuple(given[k]) if isinstance(given[k], list) else given[k] for k in known if k in given})
@@ -84,13 +93,28 @@ class TransformerConfig:
         }
 
 
+_HEAD_NORM = "layers.0.attention.q_norm.weight"
+_MATRICES = (
+    "x_embedder.weight",
+    "cap_embedder.1.weight",
+    "layers.0.feed_forward.w2.weight",
+    "t_embedder.mlp.0.weight",
+    "t_embedder.mlp.2.weight",
+)
+
+
 def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TransformerConfig:
     """Read the sizes from tensor shapes under our names (see keys.py).
 
-    Raises KeyError when a tensor that every Z-Image transformer has is absent.
+    Raises KeyError when a tensor that every Z-Image transformer has is absent, ValueError when it has another form.
     """
+    for name in _MATRICES:
+        if len(shapes[name]) != 2:
+            raise ValueError(f"{name} as a matrix")
+    if not shapes[_HEAD_NORM]:
+        raise ValueError(f"{_HEAD_NORM} as a vector")
     dim, patch_dim = shapes["x_embedder.weight"]
-    head_dim = shapes["layers.0.attention.q_norm.weight"][0]
+    head_dim = shapes[_HEAD_NORM][0]
     axes_dims = AXES_DIMS if head_dim == sum(AXES_DIMS) else _split_head(head_dim)
     return TransformerConfig(
         dim=dim,

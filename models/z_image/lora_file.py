@@ -23,6 +23,8 @@ from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownForm
 _HEADER_CONFIG = "lora_adapter_metadata"
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
+_VECTORS = ("magnitude", "diff_b", "up_bias")
+_LARGEST_SETTING = 2**31  # of ranks and alphas; far above any real one
 _NEEDED = ({"down", "up"}, {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"})
 
 
@@ -110,9 +112,10 @@ def take_apart(path: Path, state: Mapping[str, Tensor], config: Mapping[str, Any
         if key is None:
             unread.append(name)
             continue
-        if not bool(tensor.float().isfinite().all()):
+        if tensor.is_complex() or not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
-                f"{path}: {name} holds NaN or infinite numbers.", "The file is damaged or its training failed."
+                f"{path}: {name} holds NaN or infinite numbers, or complex ones.",
+                "The file is damaged or its training failed.",
             )
         fresh = Adapter(key.module, peft=None if key.encoder else config)
         adapter = adapters[key.encoder].setdefault(key.module, fresh)
@@ -149,6 +152,7 @@ def change_of(path: Path, adapter: Adapter, rows: int, columns: int) -> Change |
     for needed in _NEEDED:
         if needed & parts.keys() and not needed <= parts.keys():
             raise _incomplete(path, adapter, sorted(needed - parts.keys()))
+    _check_shapes(path, adapter)
     change: Change | None = None
     if "down" in parts:
         down, up = _matrix(parts["down"]), _matrix(parts["up"])
@@ -263,16 +267,48 @@ def _peft_config(checkpoint: Checkpoint) -> Mapping[str, Any] | None:
         return None
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint.path}: the trainer's settings are no JSON ({error}).") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{checkpoint.path}: the trainer's settings are a {type(found).__name__}, not an object.")
-    return {name.removeprefix("transformer."): value for name, value in found.items()}
+    settings = {name.removeprefix("transformer."): value for name, value in found.items()}
+    if not _usable(settings):
+        raise CheckpointError(f"{checkpoint.path}: rank or alpha in the trainer's settings are no numbers.")
+    return settings
+
+
+def _usable(settings: Mapping[str, Any]) -> bool:
+    """Whether everything that is read of peft's settings is a number, and every pattern a regular expression."""
+    patterns = [settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+    if not all(isinstance(given, dict) for given in patterns):
+        return False
+    numbers = [settings[name] for name in ("r", "lora_alpha", "alpha") if settings.get(name) is not None]
+    numbers += [value for given in patterns for value in given.values()]
+    try:
+        for pattern in (pattern for given in patterns for pattern in given):
+            re.compile(pattern)
+        return all(type(n) in (int, float) and math.isfinite(n) and abs(n) < _LARGEST_SETTING for n in numbers)
+    except (re.error, OverflowError):
+        return False
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """A 1x1 convolution's weight is a matrix; float8 and integers are left to the arithmetic that follows."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def _check_shapes(path: Path, adapter: Adapter) -> None:
+    """Refuse parts that cannot be multiplied: alpha is one number, whatever is no bias or magnitude is a matrix."""
+    for part, tensor in adapter.parts.items():
+        if part == "alpha":
+            fits = tensor.numel() == 1
+        else:
+            fits = part in _VECTORS or (tensor.ndim >= 2 and tensor.numel() > 0)
+        if not fits:
+            raise LayerMismatchError(
+                f"{path}: {part} of {adapter.module} has the impossible shape {list(tensor.shape)}.",
+                "The file is damaged.",
+            )
 
 
 def _incomplete(path: Path, adapter: Adapter, missing: Sequence[str]) -> LayerMismatchError:

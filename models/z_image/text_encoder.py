@@ -166,7 +166,7 @@ def _sizes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         vocabulary, hidden = found["embed_tokens.weight"]
         head = found["layers.0.self_attn.q_norm.weight"][0]
         layers = 1 + max(int(n.split(".")[1]) for n in plan if n.startswith("layers."))
-        return {
+        sizes = {
             "vocab_size": vocabulary,
             "hidden_size": hidden,
             "intermediate_size": found["layers.0.mlp.gate_proj.weight"][0],
@@ -175,7 +175,10 @@ def _sizes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             "num_key_value_heads": found["layers.0.self_attn.k_proj.weight"][0] // head,
             "head_dim": head,
         }
-    except (KeyError, ValueError, IndexError) as error:
+        if min(sizes.values()) < 1 or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+            raise ValueError(f"one of its sizes ({sizes})")
+        return sizes
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise LayerMismatchError(
             f"{checkpoint.path}: not a Qwen3 text encoder, {error} is missing or of another shape.",
             "`wgp.py inspect FILE` says what it looks like.",

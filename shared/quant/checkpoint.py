@@ -37,6 +37,9 @@ DTYPE_BITS = {
 # The reference reader's own limit.
 MAX_HEADER_BYTES = 100_000_000
 
+MAX_DIMENSIONS = 64  # torch's own
+MAX_NUMBER = 2**63 - 1  # of dimensions and offsets; products of what JSON allows can take minutes, and memory
+
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -113,9 +116,10 @@ class Checkpoint:
     def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can.
 
-        Packed GGUF matrices come as raw bytes, see gguf_file.load().
+        Packed GGUF matrices come as raw bytes, see gguf_file.load(). Raises CheckpointError for a header that the
+        safetensors package refuses, and for number types that torch does not have.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         from shared.quant import gguf_file
 
@@ -128,8 +132,11 @@ class Checkpoint:
             if gguf_file.is_gguf(file):
                 result.update(gguf_file.load(self.tensors[name] for name in in_file))
                 continue
-            with safe_open(str(file), framework="pt", device="cpu") as opened:
-                result.update((name, _readable(opened.get_tensor(name))) for name in in_file)
+            try:
+                with safe_open(str(file), framework="pt", device="cpu") as opened:
+                    result.update((name, _readable(opened.get_tensor(name))) for name in in_file)
+            except SafetensorError as error:
+                raise CheckpointError(f"{file}: its tensors cannot be read ({error}).", "Download it again.") from error
         return result
 
 
@@ -162,8 +169,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             )
         text = stream.read(length)
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, file))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        # As UTF-8: given bytes, json would also take UTF-16 and UTF-32.
+        header = json.loads(text.decode(), object_pairs_hook=lambda pairs: _unique(pairs, file))
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise CheckpointError(f"{file}: its header is not readable JSON ({error}).", "Download it again.") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: its header is a {type(header).__name__}, not an object.", "Download it again.")
@@ -201,8 +209,11 @@ def _tensor_info(file: Path, name: str, entry: Any, data_start: int) -> TensorIn
             raise CheckpointError(f"{file}: {name} lacks dtype, shape or data_offsets.", "Download it again.")
     if dtype not in DTYPE_BITS:
         raise CheckpointError(f"{file}: {name} has the unknown number type {dtype!r}.")
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise CheckpointError(f"{file}: {name} has the impossible shape {shape}.", "Download it again.")
+    sizes = (*shape, begin, end)
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in sizes):
+        raise CheckpointError(
+            f"{file}: {name} has an impossible shape or place, {list(sizes)!s:.80}.", "Download it again."
+        )
     nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
     if end - begin != nbytes:
         raise CheckpointError(
@@ -243,12 +254,18 @@ def _only_checkpoint_in(folder: Path) -> Path:
     )
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and 0 < len(name.encode()) < 256  # file systems' limit
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: not a shard index with a weight_map ({error}).") from error
+    if odd := [name for name in names if not _is_file_name(name)]:
+        raise CheckpointError(f"{index}: not a shard index, its weight_map names the file {odd[0]!r:.80}.")
     shards = tuple(index.parent / name for name in names)
     for shard in shards:
         if shard.resolve().parent != index.parent.resolve():

@@ -180,5 +180,5 @@ def _header_markers(checkpoint: Checkpoint) -> dict[str, Any]:
 def _json(text: bytes, where: str) -> Any:
     try:
         return json.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of thousands of digits
         raise CheckpointError(f"{where} is not readable JSON ({error}).") from error

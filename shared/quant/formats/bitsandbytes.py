@@ -117,7 +117,7 @@ def _parsed(layer: Layer, suffix: str) -> State:
         raise layer.fail(f"{suffix} is {info.dtype} of {info.nbytes:,} bytes, expected JSON as U8.")
     try:
         entries = json.loads(layer.checkpoint.read_bytes(info.name))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise layer.fail(f"{suffix} is not readable JSON ({error}).") from error
     match entries:
         case {"quant_type": str(kind), "blocksize": int(block), "shape": [int(rows), int(columns)]}:
