@@ -123,7 +123,7 @@ def from_host_kwargs(
         shift=float(shift or DEFAULT_SHIFT),
         guidance=guidance,
         nag=nag,
-        diversity=Diversity(float(kwargs.get("diversity") or 0.0), float(kwargs.get("diversity_end", Diversity().end))),
+        diversity=Diversity(_number(kwargs, "diversity", 0.0), _number(kwargs, "diversity_end", Diversity().end)),
         tile=_tile(kwargs.get("VAE_tile_size")),
     )
 
@@ -136,8 +136,8 @@ def _guidance(kwargs: Mapping[str, Any]) -> tuple[ClassifierFreeGuidance, Normal
     scale = float(kwargs.get("guide_scale") or 0.0)
     nag = NormalizedAttentionGuidance(
         scale=float(kwargs.get("NAG_scale") or 1.0),
-        tau=float(kwargs.get("NAG_tau", NAG_TAU)),
-        alpha=float(kwargs.get("NAG_alpha", NAG_ALPHA)),
+        tau=_number(kwargs, "NAG_tau", NAG_TAU),
+        alpha=_number(kwargs, "NAG_alpha", NAG_ALPHA),
     )
     if nag.active and scale <= 1:
         return ClassifierFreeGuidance(), nag
@@ -147,6 +147,12 @@ def _guidance(kwargs: Mapping[str, Any]) -> tuple[ClassifierFreeGuidance, Normal
         truncation=float(kwargs.get("cfg_truncation") or 1.0),
     )
     return guidance, NormalizedAttentionGuidance()
+
+
+def _number(kwargs: Mapping[str, Any], key: str, usual: float) -> float:
+    """The number given, of which 0 is one; the usual one for None and nothing."""
+    value = kwargs.get(key)
+    return usual if value is None else float(value)
 
 
 def _variation(kwargs: Mapping[str, Any], seeds: tuple[int, ...]) -> Variation | None:

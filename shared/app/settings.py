@@ -40,6 +40,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "NAG_tau": (0, None),
     "NAG_alpha": (0, 1),
     "denoising_strength": (0, 1),
+    "error_lora_strength": (0, None),
     "control_net_weight": (0, None),
     "cfg_normalization": (0, None),
     "cfg_truncation": (0, 1),
@@ -74,6 +75,7 @@ class GenerationSettings:
     denoising_strength: float = 1.0
     control_net_weight: float = 1.0
     loras: tuple[LoraChoice, ...] = ()
+    error_lora_strength: float = 1.0
     VAE_tile_size: int | None = None
     cfg_normalization: float = 0.0
     cfg_truncation: float = 1.0
@@ -126,6 +128,8 @@ class GenerationSettings:
         steps = len(sampling.sigmas) or samplers.steps_of(solver, int(values["num_inference_steps"]))
         if steps != values["num_inference_steps"] and "num_inference_steps" in asked:
             notes.append(f"There are {steps} steps: {'sigmas' if sampling.sigmas else 'sample_solver'} says so.")
+        if samplers.is_unified(solver) and not preset.model_def.get("unified_solver"):
+            notes.append(f'"sample_solver" {solver} is made for TwinFlow\'s weights, which {preset.id} does not have.')
         if preset.model_def.get("NAG") and values["NAG_scale"] > 1 and values["guidance_scale"] > 1:
             notes.append('"NAG_scale" has no effect together with a guidance_scale above 1.')
         loras, lora_notes = _lora_choices(values["activated_loras"], values["loras_multipliers"])
@@ -146,6 +150,7 @@ class GenerationSettings:
             denoising_strength=float(values["denoising_strength"]),
             control_net_weight=float(values["control_net_weight"]),
             loras=loras,
+            error_lora_strength=float(values["error_lora_strength"]),
             VAE_tile_size=_tile_size(values.get("VAE_tile_size")),
             cfg_normalization=float(values["cfg_normalization"]),
             cfg_truncation=float(values["cfg_truncation"]),
@@ -200,8 +205,8 @@ class GenerationSettings:
         }
         if self.flow_shift is not None:
             record["flow_shift"] = self.flow_shift
-        # Wan2GP does not know these three.
-        ours = {"VAE_tile_size": None, "cfg_normalization": 0.0, "cfg_truncation": 1.0}
+        # Wan2GP does not know these.
+        ours = {"VAE_tile_size": None, "cfg_normalization": 0.0, "cfg_truncation": 1.0, "error_lora_strength": 1.0}
         return record | {key: getattr(self, key) for key, rest in ours.items() if getattr(self, key) != rest}
 
     def host_kwargs(self) -> dict[str, Any]:

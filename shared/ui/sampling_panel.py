@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from shared.app.presets import Preset
-from shared.app.prompts import MODES
+from shared.app.prompts import MODES, mode_of
 from shared.app.schema import SETTING_KEYS
 
 _SCHEDULES = (
@@ -91,7 +91,11 @@ def sampling_updates(panel: SamplingPanel, preset: Preset, values: Mapping[str, 
     for key, component in sampling_components(panel).items():
         value = settings.get(key)
         value = SETTING_KEYS[key].default if value is None else value
-        updates[component] = ", ".join(f"{number:g}" for number in value) if key == "sigmas" else value
+        if key == "sigmas":
+            value = ", ".join(f"{number:g}" for number in value)
+        elif key == "multi_prompts_gen_type":
+            value = mode_of(value)
+        updates[component] = value
     return updates
 
 

@@ -76,6 +76,12 @@ def test_nag_works_without_guidance_and_guidance_without_nag(
         assert (request.nag.scale, request.nag.tau, request.nag.alpha) == (4, 2.5, 0.25)
 
 
+def test_zero_is_a_number_and_none_is_not() -> None:
+    request = from_host_kwargs({}, {"NAG_scale": 4, "NAG_tau": 0, "NAG_alpha": None, "diversity_end": 0})
+
+    assert (request.nag.tau, request.nag.alpha, request.diversity.end) == (0, 0.5, 0)
+
+
 def test_every_picture_of_a_batch_has_its_own_variation_seed() -> None:
     request = from_host_kwargs({}, {"seed": 5, "batch_size": 2, "variation_strength": 0.2, "variation_seed": 30})
 

@@ -344,6 +344,13 @@ def test_what_decides_the_steps_is_said(turbo, asked, steps):
     assert any(f"There are {steps} steps" in note for note in settings.notes) == bool(asked)
 
 
+def test_the_unified_sampler_is_said_to_be_for_other_weights(turbo, tmp_path):
+    twinflow = make_preset(tmp_path, {"architecture": "z_image", "unified_solver": True})
+
+    assert "made for TwinFlow" in " ".join(build(turbo, sample_solver="unified_2s").notes)
+    assert build(twinflow, sample_solver="unified_2s").notes == ()
+
+
 def test_nag_beside_guidance_is_said_to_have_no_effect(turbo):
     assert "has no effect together" in " ".join(build(turbo, NAG_scale=4, guidance_scale=3).notes)
     assert build(turbo, NAG_scale=4).notes == ()
