@@ -121,7 +121,8 @@ def deltas(
             yield name, strength * _norm_difference(file.path, parts[0][1], shape[0])
             continue
         found = _additions(file.path, 0, parts, shape, partial(base, name))
-        yield name, strength * _dense(found, shape, partial(base, name))
+        if _changes_weight(found):
+            yield name, strength * _dense(found, shape, partial(base, name))
         if any(addition.bias is not None for addition in found):
             if bias_name not in shapes:
                 raise _no_bias(file.path, module)
@@ -160,7 +161,7 @@ def fuse(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if all(isinstance(a.change, LowRank) and a.row_gain is None and a.column_gain is None for a in found):
             down, up = _block_diagonal(found, shape[0])
             result |= {f"{name}.lora_A.weight": down.to(dtype), f"{name}.lora_B.weight": up.to(dtype)}
-        elif any(a.change is not None or a.row_gain is not None for a in found):
+        elif _changes_weight(found):
             result[f"{name}.diff"] = _dense(found, shape, partial(_weight, linear)).to(dtype)
         if any(addition.bias is not None for addition in found):
             result[f"{name}.diff_b"] = _dense_bias(found, shape[0]).to(dtype)
@@ -223,6 +224,10 @@ def _additions(
     path: Path, file: int, parts: Sequence[tuple[Slot, Adapter]], shape: Sequence[int], weight: Callable[[], Tensor]
 ) -> list[Addition]:
     return [a for slot, adapter in parts for a in additions(path, file, slot, adapter, shape, weight)]
+
+
+def _changes_weight(found: Sequence[Addition]) -> bool:
+    return any(t is not None for a in found for t in (a.change, a.row_gain, a.column_gain))
 
 
 def _dense(found: Sequence[Addition], shape: Sequence[int], weight: Callable[[], Tensor]) -> Tensor:

@@ -58,13 +58,12 @@ _NOT_OFFERED = (
     (re.compile(r"\.vera_lambda"), "VeRA"),
 )
 
-# Modules that only one other model has, in flattened names ("_" for "."); the first row that is found names it.
+# Modules that only one other model has, mostly in flattened names ("_" for "."); the first row found names it.
 _ORIGINS: tuple[tuple[str, str], ...] = (
     (r"joint_blocks_\d", "Stable Diffusion 3"),
     (r"double_stream_blocks_\d", "HiDream"),
     (r"distilled_guidance_layer", "Chroma"),
-    (r"double_blocks_\d+_img_attn_qkv\b|double_blocks_\d+_img_attn_qkv_?lora|single_blocks_\d+_linear1_?lora_.*txt",
-     "HunyuanVideo"),
+    (r"double_blocks\.\d+\.img_attn_qkv", "HunyuanVideo"),
     (r"single_transformer_blocks_\d+_attn_to_qkv_mlp_proj", "FLUX.2"),
     (r"double_blocks_\d|single_blocks_\d|single_transformer_blocks_\d", "FLUX.1"),
     (r"transformer_blocks_\d+_(?:img_mlp|txt_mlp|img_mod|txt_mod|attn_add_[qkv]_proj)", "Qwen-Image"),
@@ -122,8 +121,8 @@ def find_place(module: str, known: Mapping[str, Slot]) -> Slot | None:
 
 def origin(names: Iterable[str]) -> str | None:
     """The model that a LoRA with these tensor names was probably made for, Z-Image and its like left out."""
-    flat = [_flat(name) for name in names]
-    return next((model for pattern, model in _ORIGINS if any(re.search(pattern, name) for name in flat)), None)
+    spellings = {spelling for name in names for spelling in (name, _flat(name))}
+    return next((model for pattern, model in _ORIGINS if any(re.search(pattern, s) for s in spellings)), None)
 
 
 def _spellings(module: str) -> set[str]:

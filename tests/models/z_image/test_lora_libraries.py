@@ -17,7 +17,6 @@ from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from tests.support.tiny_model import TINY, relative_error
 
-
 # float32 products in another order; the adapters themselves must do a hundred times more.
 TOLERANCE = 1e-5
 EFFECT = 1e-3
