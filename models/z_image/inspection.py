@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from models.z_image import lora_names
 from models.z_image.control_config import release_of
 from models.z_image.control_loader import find_control_prefix, plan_control, read_control_config
 from models.z_image.keys import find_prefix, relative_of
@@ -111,8 +112,11 @@ def _control(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _lora(checkpoint: Checkpoint) -> dict[str, Any] | None:
     tensors = checkpoint.tensors
-    kinds = {".lora_": "LoRA", ".lokr_": "LoKr", ".hada_": "LoHa"}
-    kind = next((words for mark, words in kinds.items() if any(mark in n for n in tensors)), None)
+    parts = {key.part for key in map(lora_names.parse, tensors) if key}
+    kinds = {"lokr_w2": "LoKr", "lokr_w2_a": "LoKr", "hada_w1_a": "LoHa", "down": "LoRA", "diff": "full differences"}
+    kind = next((words for part, words in kinds.items() if part in parts), None)
+    if kind and "magnitude" in parts:
+        kind = "DoRA" if kind == "LoRA" else f"DoRA on {kind}"
     ours = any("adaLN_modulation" in n or "context_refiner" in n or _layer_of_ours(n) for n in tensors)
     if kind is None or not ours:
         return None

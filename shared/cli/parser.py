@@ -177,7 +177,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         metavar="FILE[:STRENGTH]",
         action="append",
         default=[],
-        help="LoRA file, as given or in the LoRA folder; strength 1 if left out; repeatable",
+        help="LoRA file, as given or in the LoRA folder; strength 1 if left out, 1,0.5 over the steps, 1;0 by halves; "
+        "repeatable",
     )
     add_edit_arguments(parser)
     parser.add_argument(

@@ -96,7 +96,8 @@ def build_settings_panel() -> SettingsPanel:
     with gr.Accordion("LoRA", elem_id="loras", open=False, visible=False) as lora_group:
         activated_loras = gr.Dropdown(label="Files", elem_id="lora-files", choices=[], value=[], multiselect=True)
         loras_multipliers = gr.Textbox(label="Strengths", elem_id="lora-strengths", placeholder="1 0.8",
-                                       info="One number per file, in the same order; left out means 1.")  # fmt: skip
+                                       info="One per file, in the same order; left out means 1. "
+                                            "1,0.5 changes over the steps, 1;0 by halves.")  # fmt: skip
     with gr.Accordion("Advanced", elem_id="advanced", open=False, visible=False) as advanced:
         sample_solver = gr.Dropdown(label="Sampler", elem_id="sampler", choices=[], value=None, visible=False)
         flow_shift = gr.Slider(0.5, 12, value=3, step=0.1, label="Flow shift", elem_id="flow-shift", visible=False,

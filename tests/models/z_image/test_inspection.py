@@ -64,6 +64,17 @@ def test_every_part_of_a_folder_is_listed(model_folder: Path) -> None:
     [
         ({"layers.0.attention.to_q.lora_A.weight": (8, 384)}, "lora", "Z-Image LoRA"),
         ({"lora_unet_layers_0_attention_qkv.lora_down.weight": (8, 384)}, "lora", "Z-Image LoRA"),
+        ({"layers.0.attention.to.q.lora.down.weight": (8, 384)}, "lora", "Z-Image LoRA"),
+        (
+            {
+                "transformer.layers.0.attention.to_q.lora_A.weight": (8, 384),
+                "transformer.layers.0.attention.to_q.lora_magnitude_vector": (384,),
+            },
+            "lora",
+            "Z-Image DoRA",
+        ),
+        ({"lycoris_layers_0_attention_to_q.lokr_w2_a": (48, 4)}, "lora", "Z-Image LoKr"),
+        ({"diffusion_model.layers.0.attention.qkv.diff": (1152, 384)}, "lora", "Z-Image full differences"),
         ({"control_layers.0.attention_norm1.weight": (384,)}, "control", "Fun ControlNet"),
         (
             {
