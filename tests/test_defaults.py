@@ -46,6 +46,16 @@ WAN2GP = {
             "flow_shift": 6.0,
         },
     },
+    "z_image_twinflow_turbo": {
+        "architecture": "z_image",
+        "first_url": "https://huggingface.co/DeepBeepMeep/Z-Image/resolve/main/TwinFlow-Z-Image-Turbo_bf16.safetensors",
+        "settings": {
+            "resolution": "1024x1024",
+            "batch_size": 1,
+            "num_inference_steps": 2,
+            "guidance_scale": 0,
+        },
+    },
     "z_image_nunchaku_r256_int4": {
         "architecture": "z_image",
         "first_url": "https://huggingface.co/DeepBeepMeep/Z-Image/resolve/main/svdq-int4_r256-z-image-turbo.safetensors",
@@ -97,7 +107,7 @@ CONTROL = {
     "z_image_control2_1_tile": (6.7, None),
     "z_image_base_control2_1": (6.7, None),
 }
-PLAIN = ("z_image", "z_image_base", "z_image_comfy_bf16")
+PLAIN = ("z_image", "z_image_base", "z_image_twinflow_turbo", "z_image_comfy_bf16")
 BIG = [*PLAIN, *PACKED]
 
 # Bytes of files as their hosts list them (docs/presets.md names the pages); two decimals where only those are known.
@@ -286,6 +296,13 @@ def test_presets_with_wan2gps_ids_mean_the_same(collection, preset_id):
 
 def test_base_asks_for_plain_attention_before_ada(collection):
     assert collection.get("z_image_base").model_def["attention"] == {"<89": "sdpa"}
+
+
+def test_twinflow_draws_with_its_own_sampler(collection):
+    definition = collection.get("z_image_twinflow_turbo").model_def
+
+    assert definition["unified_solver"] is True
+    assert definition["sample_solvers"][0][1] == "unified"
 
 
 @pytest.mark.parametrize("preset_id", ["z_image_demo", "z_image_demo_base"])

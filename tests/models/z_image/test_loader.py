@@ -174,7 +174,6 @@ def test_rows_given_twice_are_refused(tmp_path: Path, state: State) -> None:
     ("name", "says"),
     [
         ("control_layers.0.after_proj.weight", "ControlNet without its embedder"),
-        ("t_embedder_2.mlp.0.weight", "TwinFlow"),
         ("siglip_embedder.1.weight", "Omni or Edit"),
     ],
 )
