@@ -14,8 +14,8 @@ from shared.quant.errors import UserError
 
 SIDES = ("left", "top", "right", "bottom")
 AREAS: Mapping[str, str] = {
-    "masked": "cut out the surroundings of the mask, draw them at the chosen resolution, put them back",
-    "whole": "draw the whole picture again",
+    "masked": "the mask's surroundings, at full size",
+    "whole": "the whole picture",
 }
 MAX_MARGIN = 4096  # pixels
 
@@ -40,8 +40,9 @@ class EditSettings:
 
     image_start: picture to change. image_mask: white is repainted. image_guide: picture for the ControlNet.
     control_preprocessor: what it is turned into. control_start, control_end: shares of the steps in which it counts.
-    mask_expand: pixels by which the mask grows, below 0 shrinks. mask_feather: pixels over which its edge fades out, beyond that.
-    inpaint_area: one of AREAS. image_fit: one of FITS, for pictures of another shape than the drawing.
+    mask_expand: pixels by which the mask grows, below 0 shrinks. mask_feather: pixels over which its edge fades out,
+    beyond that. inpaint_area: one of AREAS, what the model is shown. image_fit: one of FITS, for pictures of another
+    shape than the drawing.
     outpaint: margins to draw around the picture, "left=128,bottom=64".
     hires_scale, hires_strength: a second pass over the enlarged drawing. tile_scale: enlarge image_start that much,
     drawing it tile by tile.

@@ -20,7 +20,7 @@ from shared.app.presets import Preset
 from shared.app.settings import GenerationSettings
 
 DEFAULT_STRENGTH = 0.6  # for a picture without a mask, as `generate --image` has it
-_PAINT = "#ffffff"
+_PAINT = "#e5484d"  # seen on dark and light pictures alike; only its opacity counts
 _CANVAS = (512, 512)  # pixels, while there is no picture; then it has the picture's own size
 
 
@@ -55,13 +55,13 @@ def build_edit_panel() -> EditPanel:
     plain: dict[str, Any] = {"buttons": []}
     with gr.Accordion("Draw from a picture", elem_id="edit", open=False) as group:
         editor = gr.ImageEditor(
-            label="Picture; paint what is to be drawn anew", elem_id="editor", type="pil", format="png", height=360,
+            label="Paint what to redraw", elem_id="editor", type="pil", format="png", height=360,
             sources=["upload", "clipboard"], transforms=(), canvas_size=_CANVAS, layers=False,
             brush=gr.Brush(colors=[_PAINT], default_color=_PAINT, color_mode="fixed"),
         )  # fmt: skip
         denoising_strength = gr.Slider(
             0, 1, value=DEFAULT_STRENGTH, step=0.05, label="Denoising strength", elem_id="denoising-strength",
-            info="How much is drawn anew. Inside a painted mask, 1 is usual.", **plain,
+            info="How much is drawn anew; in paint, 1 is usual.", **plain,
         )  # fmt: skip
         with gr.Row():
             mask_expand = gr.Slider(-64, 64, value=usual.mask_expand, step=1, label="Grow the mask", **plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -111,7 +112,7 @@ class FakeContext:
     def start_over(self) -> None:
         """Forget everything that was drawn and changed."""
         for picture in self.output_folder.iterdir():
-            picture.unlink()
+            shutil.rmtree(picture) if picture.is_dir() else picture.unlink()
         self.config: dict[str, Any] = {}
         self.files = SimpleNamespace(find=lambda url, **_: Path(url.removeprefix("file:")))
         self.session = FakeSession(self.output_folder)

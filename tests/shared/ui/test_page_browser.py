@@ -11,7 +11,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from shared.app.context import AppContext
@@ -377,3 +379,31 @@ def test_text_is_readable_in_light_and_dark(open_page, scheme: str) -> None:
     contrasts = {text: page.evaluate(CONTRAST, text) for text in texts}
 
     assert min(contrasts.values()) >= READABLE, contrasts
+
+
+def test_a_painted_picture_is_ordered_with_its_mask(open_page, context, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (200, 300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "given.png")
+    page = open_page(height=1400)
+
+    page.locator("#edit > button").first.click()
+    page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "given.png")
+    for drawn in range(1, 8):  # strokes count once the picture has settled, and nothing on the page tells when
+        page.wait_for_timeout(1000)
+        canvas = page.locator("#editor canvas").first.bounding_box()
+        middle, height = canvas["x"] + canvas["width"] / 2, canvas["y"] + canvas["height"] / 2
+        page.mouse.move(middle - 30, height)
+        page.mouse.down()
+        page.mouse.move(middle + 30, height, steps=8)
+        page.mouse.up()
+        generate(page).click()
+        expect(page.locator("#info")).to_contain_text(f"{drawn}_1.png", timeout=4 * PATIENCE)
+        edit = context.session.orders[-1][1].edit
+        if edit.image_mask:
+            break
+
+    with Image.open(edit.image_start) as start, Image.open(edit.image_mask) as mask:
+        assert np.array_equal(np.asarray(start), pixels)
+        painted = np.asarray(mask) > 0
+    assert painted[100, 150]
+    assert 0.01 < painted.mean() < 0.5
