@@ -33,7 +33,7 @@ from shared.app.device import (
     ram_bytes,
 )
 from shared.app.kernel_report import KernelChoice, kernel_choices
-from shared.app.plan import requested_device
+from shared.app.plan import choose_compute, requested_device
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -173,8 +173,8 @@ class Report:
 def examine(ctx: AppContext, *, self_test: bool = False) -> Report:
     """Look at this machine. self_test: draw a picture as well.
 
-    Raises UserError for a device or an attention that was asked for and is unknown or absent; everything else that is
-    wrong is in the report.
+    Raises UserError for a device, an attention or a kind of compute that was asked for and is unknown or absent;
+    everything else that is wrong is in the report.
     """
     libraries = tuple(_libraries())
     torch_facts, torch_problem = _torch()
@@ -268,7 +268,7 @@ def _on_device(ctx: AppContext, report: Report) -> Report:
     device = detect(requested_device(ctx))
     dtype, dtype_reason = choose_dtype(device)
     dtype_name = str(dtype).removeprefix("torch.")
-    kernels = tuple(kernel_choices(torch.device(device.kind), dtype))
+    kernels = tuple(kernel_choices(torch.device(device.kind), dtype, compute=choose_compute(ctx).value))
     expanding = {kernel.packing for kernel in kernels if kernel.expands}
     return replace(
         report,

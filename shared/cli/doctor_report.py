@@ -10,6 +10,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from shared.quant.kernels import REFERENCE
+
 if TYPE_CHECKING:
     from shared.app.advice import Advice
     from shared.app.doctor import AttentionFacts, Report
@@ -72,11 +74,13 @@ def _machine(report: Report) -> list[Row]:
 
 
 def _kernels(kernels: Iterable[KernelChoice]) -> list[Row]:
-    """One row per kernel and what it serves; behind it the refusals."""
+    """One row per kernel and what it serves; behind it why, where that needs a reason, and the refusals."""
     rows = []
     for chosen, group in groupby(sorted(kernels, key=_kernel_words), key=_kernel_words):
         members = list(group)
         rows.append((chosen, ", ".join(kernel.label for kernel in members)))
+        if members[0].compute not in ("", REFERENCE):
+            rows.append(("", f"because: {members[0].reason}"))
         refusals = dict.fromkeys(f"not {r.kernel}: {r.reason}" for kernel in members for r in kernel.refused)
         rows += [("", words) for words in refusals]
     return rows

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -103,11 +104,16 @@ def register(kernel: Kernel) -> None:
 
 def available(packing: str) -> list[Kernel]:
     """The kernels for a packing, first choice first: those that round activations before those that do not."""
-    if not _registry:
-        for name in _MODULES:
-            import_module(f"{__name__}.{name}")
+    _load_modules()
     kernels = (k for k in _registry if k.packing in (packing, ANY))
     return sorted(kernels, key=lambda k: (not k.rounds_activations, -k.priority))
+
+
+@cache
+def _load_modules() -> None:
+    """Have every kernel register itself, once."""
+    for name in _MODULES:
+        import_module(f"{__name__}.{name}")
 
 
 def select(layer: PackedLinear, device: torch.device, trial: Trial | None = None) -> Selection:

@@ -30,7 +30,7 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(doctor, "kernel_choices", lambda device, dtype: kernel_choices(device, dtype, PROBES[:1]))
+    monkeypatch.setattr(doctor, "kernel_choices", lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish))
     write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
     return fake_context(tmp_path, handler)
 
@@ -46,7 +46,7 @@ def test_a_machine_without_faults_is_usable_and_the_report_is_json(ctx: AppConte
     assert report.usable and told["usable"] is True and words(report) == []
     assert told["system"]["ram"] > 0 and told["system"]["disk_free"] > 0
     assert told["device"]["kind"] == "cpu" and told["torch"]["version"]
-    assert told["kernels"][0]["kernel"] == "dequantize"
+    assert told["kernels"][0]["packing"] == "int8" and told["kernels"][0]["reason"]
     assert told["advice"]["preset"] == "z_image_demo"
     assert told["self_test"] is None
 
@@ -183,7 +183,7 @@ def test_a_device_that_is_not_there_is_the_users_mistake(ctx: AppContext) -> Non
 def test_a_card_is_told_with_its_capability(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
     card = DeviceInfo("cuda", "Card", 120, 16 * 2**30, "a test's card")
     monkeypatch.setattr(doctor, "detect", lambda prefer: card)
-    monkeypatch.setattr(doctor, "kernel_choices", lambda device, dtype: [])
+    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: [])
 
     device = examine(ctx).device
 

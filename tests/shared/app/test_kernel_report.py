@@ -11,7 +11,7 @@ import torch
 from shared.app.kernel_report import PROBES, KernelChoice, Probe, kernel_choices
 from shared.quant import kernels
 from shared.quant.formats import nvfp4
-from shared.quant.kernels import Kernel
+from shared.quant.kernels import COMPUTES, Kernel
 
 CPU = torch.device("cpu")
 NVFP4 = tuple(probe for probe in PROBES if probe.label == "NVFP4")
@@ -28,7 +28,13 @@ def _own_kernels() -> Iterator[None]:
 
 def native(run: Callable[..., Any], refusal: str | None = None) -> Kernel:
     return Kernel(
-        name="native-fp4", packing="nvfp4", compute="native", priority=50, refuse=lambda _l, _d: refusal, run=run
+        name="native-fp4",
+        packing="nvfp4",
+        compute="native",
+        priority=50,
+        refuse=lambda _l, _d: refusal,
+        run=run,
+        known=lambda _l, _d: "three times as fast on this device",
     )
 
 
@@ -56,7 +62,7 @@ def test_a_refusal_is_told_with_its_reason() -> None:
     found = of_nvfp4()
 
     assert (found.kernel, found.problem) == ("dequantize", "") and found.expands
-    assert [(r.kernel, r.reason) for r in found.refused] == [("native-fp4", "needs compute capability 10.0")]
+    assert ("native-fp4", "needs compute capability 10.0") in [(r.kernel, r.reason) for r in found.refused]
 
 
 def test_a_kernel_that_accepts_comes_before_expanding() -> None:
@@ -65,6 +71,15 @@ def test_a_kernel_that_accepts_comes_before_expanding() -> None:
     found = of_nvfp4()
 
     assert (found.kernel, found.waiting, found.expands) == ("native-fp4", ("dequantize",), False)
+    assert found.reason == "three times as fast on this device"
+
+
+def test_what_was_asked_for_is_what_is_told() -> None:
+    asked = {compute: kernel_choices(CPU, torch.bfloat16, PROBES[:1], compute=compute)[0] for compute in COMPUTES[:4]}
+
+    assert (asked["bf16"].kernel, asked["bf16"].expands) == ("scale-after", True)
+    assert (asked["int8"].kernel, asked["int8"].expands) == ("torch-int8", False)
+    assert asked["fp8"].kernel == "scale-after" and not asked["fp8"].problem
 
 
 @pytest.mark.parametrize(

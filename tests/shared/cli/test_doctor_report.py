@@ -31,7 +31,7 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(doctor, "kernel_choices", lambda device, dtype: kernel_choices(device, dtype, PROBES[:1]))
+    monkeypatch.setattr(doctor, "kernel_choices", lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish))
     write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
     return fake_context(tmp_path, handler)
 
@@ -76,7 +76,7 @@ def test_the_report_is_printed_and_a_usable_machine_ends_with_0(
     assert run(ctx) == 0
 
     out = capsys.readouterr().out
-    for part in ("Machine", "Kernels", "dequantize", "Attention", "use z_image_demo", "Self-test", "passed"):
+    for part in ("Machine", "Kernels", "int8", "Attention", "use z_image_demo", "Self-test", "passed"):
         assert part in out
     assert "Nothing is wrong." in out
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.z_image import lora
 from shared.quant import kernels
 from shared.quant.errors import RunError, UserError
-from shared.quant.kernels import Kernel
+from shared.quant.kernels import Kernel, torch_int8
 from shared.quant.kernels.resolve import resolve
 from shared.quant.kernels.trial import try_out
 from shared.quant.linear import PackedLinear
@@ -52,6 +52,12 @@ def fast(run: Callable[..., Any] = expand, refusal: str | None = None) -> Kernel
     return kernel
 
 
+@pytest.fixture
+def _small_layers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_int8, "_LARGE", ROWS)
+
+
+@pytest.mark.usefixtures("_small_layers_count")
 def test_each_layer_gets_its_kernel_and_the_report_says_why(make: MakeLayer) -> None:
     model = nn.ModuleList([make(pack_int8()), make(pack_int8()), make(pack_nvfp4()), nn.Linear(4, 4)])
 
@@ -87,6 +93,13 @@ def test_auto_takes_nothing_that_is_not_known_to_be_faster(make: MakeLayer, monk
         (found,) = resolve([make(packed)], CPU)
         assert found.compute == "bf16"
         assert any("not known to be faster here" in r.reason for r in found.refusals)
+
+
+def test_auto_expands_small_layers_where_rounding_costs_what_it_saves(make: MakeLayer) -> None:
+    assert torch_int8._LARGE > COLUMNS
+    (found,) = resolve([make(pack_int8())], CPU)
+
+    assert (found.kernel, found.compute) == ("scale-after", "bf16")
 
 
 def test_what_is_asked_for_is_taken_and_others_say_so(make: MakeLayer) -> None:

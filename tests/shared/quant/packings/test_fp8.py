@@ -37,11 +37,16 @@ def test_every_code_dequantizes_as_in_comfy_kitchen(kind: str) -> None:
     assert torch.equal(weight, kitchen.dequantize_per_tensor_fp8(codes, scale, torch.float32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_devices_without_float8_look_the_same_numbers_up(kind: str) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).view(16, 16)
+def test_devices_without_float8_look_the_same_numbers_up(kind: str, dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(16, 16).t()
+    cast = codes.contiguous().view(fp8.DTYPES[kind]).to(dtype)
 
-    assert torch.equal(fp8.look_up(codes, kind).nan_to_num(7), fp8.decode(codes, kind, torch.float32).nan_to_num(7))
+    found = fp8.decode(codes, kind, dtype)
+
+    assert found.dtype == dtype
+    assert torch.equal(found.isnan(), cast.isnan()) and torch.equal(found.nan_to_num(7), cast.nan_to_num(7))
 
 
 @pytest.mark.parametrize(
