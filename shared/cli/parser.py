@@ -168,7 +168,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", metavar="ID", default=None, help="model (default: the demo); see `wgp.py presets`")
     parser.add_argument("--negative-prompt", metavar="TEXT", help="what the picture should stay away from")
     parser.add_argument("--resolution", metavar="WxH", help="size in pixels, multiples of 16")
-    parser.add_argument("--steps", metavar="N", type=int, help="transformer forwards per picture")
+    parser.add_argument("--steps", metavar="N", type=int, help="steps per picture, one forward each with most samplers")
     parser.add_argument("--guidance-scale", metavar="F", type=float, help="classifier-free guidance; 0 turns it off")
     parser.add_argument("--seed", metavar="N", type=int, help="-1 draws one; picture i of a batch uses seed + i")
     parser.add_argument("--batch-size", metavar="N", type=int, help="number of pictures")
@@ -187,7 +187,8 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         type=_setting,
         action="append",
         default=[],
-        help="any other setting, such as NAG_scale=2 or flow_shift=3; repeatable",
+        help="any other setting, such as NAG_scale=4, sample_solver=dpmpp_2m or diversity=0.5; repeatable "
+        "(defaults/README.md lists them; docs/samplers.md, guidance.md and prompts.md explain)",
     )
     parser.add_argument(
         "--output",
