@@ -6,19 +6,26 @@ Names: the table in keys.py. Recipes are written for the official ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from models.z_image.keys import diffusers_names
 from models.z_image.loader import check_transformer, plan_layers, read_config
+from models.z_image.prompts import calibration_prompts
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.convert import Model, Place
 from shared.quant.formats import quanto_int8, svdq
 from shared.quant.targets import DEFAULT_RANK, Naming
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.z_image.lora import LoraFile, Match
     from shared.quant.packings.svdq import Kind
+
+__all__ = ["RECIPES", "calibration_prompts", "header", "merge", "open_model", "places"]
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -33,6 +40,48 @@ def open_model(path: Path) -> Model:
     config = read_config(checkpoint, plan)
     wanted = check_transformer(checkpoint, plan, config)
     return Model(checkpoint, plan, wanted, config.as_diffusers(), places)
+
+
+def merge(model: Model, loras: Sequence[tuple[Path, float]]) -> tuple[Model, list[Match]]:
+    """The model with these LoRA files (path, strength) added to its weights, and how much of each found its place.
+
+    Raises UserError for a file that matches nothing, what lora.read() raises for one that cannot be used.
+    """
+    from models.z_image import lora
+    from models.z_image.lora_file import place
+
+    shapes = {
+        f"{module}.{suffix}" if suffix else module: shape
+        for module, suffixes in model.shapes.items()
+        for suffix, shape in suffixes.items()
+    }
+    merges: list[LoraMerge] = []
+    matches = []
+    for path, strength in loras:
+        file = lora.read(path)
+        matches.append(lora.match(file, shapes))
+        modules = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+        merges.append(LoraMerge(file, strength, shapes, frozenset(place(file, modules).transformer)))
+    return replace(model, merges=(*model.merges, *merges)), matches
+
+
+@dataclass(frozen=True)
+class LoraMerge:
+    """A LoRA file as shared/quant/convert.py wants it: one module's differences at a time."""
+
+    file: LoraFile
+    strength: float
+    shapes: Mapping[str, tuple[int, ...]]
+    modules: frozenset[str]
+
+    def delta(self, module: str, suffix: str, base: Callable[[], Tensor]) -> Tensor | None:
+        """What is added to this parameter of the module, float32; None for nothing. base: the module's weight."""
+        from models.z_image import lora
+
+        name = f"{module}.{suffix}"
+        wanted = {n: shape for n, shape in self.shapes.items() if n in (f"{module}.weight", f"{module}.bias")}
+        found = lora.deltas(self.file, self.strength, wanted, lambda _name: base())
+        return next((delta for changed, delta in found if changed == name), None)
 
 
 def places(module: str, naming: Naming, *, packed: bool) -> tuple[Place, ...]:

@@ -16,8 +16,9 @@ from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect
 from shared.app.loras import Strength
 from shared.app.memory import MIB, MemoryEstimate, estimate_memory
 from shared.app.offload import automatic_profile, budgets_mib, find_profile
-from shared.app.presets import FilePlan, LoraChoice, Preset, attention_rule, choose_files
+from shared.app.presets import QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
 from shared.quant.checkpoint import SUFFIXES
+from shared.quant.error_lora import find_beside
 from shared.quant.errors import UserError
 from shared.quant.kernels import COMPUTES
 
@@ -46,12 +47,16 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedFile:
-    """One file of the plan. role: as in FileWant, or "lora". path, bytes: None while it is not on this machine."""
+    """One file of the plan. role: as in FileWant, or "lora". path, bytes: None while it is not on this machine.
+
+    note: how sure it is that the path is the file, "" where there is no doubt.
+    """
 
     role: str
     url: str
     subfolder: str = ""
     path: Path | None = None
+    note: str = ""
 
     @property
     def is_remote(self) -> bool:
@@ -106,7 +111,8 @@ class GenerationPlan:
             "preset": self.preset.id,
             "settings": self.settings.as_record(),
             "files": [
-                {"role": f.role, "url": f.url, "path": f.path and str(f.path), "bytes": f.bytes} for f in self.files
+                {"role": f.role, "url": f.url, "path": f.path and str(f.path), "bytes": f.bytes, "note": f.note}
+                for f in self.files
             ],
             "to_download": [file.url for file in self.to_download],
             "missing": [file.url for file in self.missing if not file.is_remote],
@@ -126,8 +132,9 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
     or profile, a weights file with a broken header.
     """
     preset = preset.configured(str(settings.extra.get("config") or ""))
-    files = find_files(ctx, choose_files(preset, device=machine.device))
-    loras = [(choice, _find_lora(ctx, preset, choice)) for choice in (*preset.loras, *settings.loras)]
+    files = find_files(ctx, wanted_files(ctx, preset, machine.device))
+    chosen = (*_error_lora(files, settings), *preset.loras, *settings.loras)
+    loras = [(choice, _find_lora(ctx, preset, choice)) for choice in chosen]
     rule = attention_rule(preset, machine.device.capability)
     requested = str(getattr(ctx.args, "attention", "") or ctx.config.get("attention") or "auto")
     attention = Choice(*choose_attention(requested, rule, machine.device))
@@ -145,16 +152,19 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
     )
 
 
+def wanted_files(ctx: AppContext, preset: Preset, device: DeviceInfo | None = None) -> FilePlan:
+    """The preset's files by the flags and the configuration: of alternatives, those in the quantization asked for."""
+    transformer = _requested_quantization(ctx, "transformer_quantization")
+    encoder = _requested_quantization(ctx, "text_encoder_quantization")
+    return choose_files(preset, transformer, device, text_encoder_preference=encoder or None)
+
+
 def find_files(ctx: AppContext, chosen: FilePlan) -> list[PlannedFile]:
     """The chosen files, each with its place on this machine if it is here."""
+    found = [(want, ctx.files.locate(want.url, subfolder=want.subfolder)) for want in chosen.wants]
     return [
-        PlannedFile(
-            role=want.role,
-            url=want.url,
-            subfolder=want.subfolder,
-            path=ctx.files.find(want.url, subfolder=want.subfolder),
-        )
-        for want in chosen.wants
+        PlannedFile(role=want.role, url=want.url, subfolder=want.subfolder, path=located.path, note=located.note)
+        for want, located in found
     ]
 
 
@@ -164,6 +174,15 @@ def requested_profile(ctx: AppContext) -> float | None:
         if value is not None and value != -1:
             return float(value)
     return None
+
+
+def _requested_quantization(ctx: AppContext, key: str) -> str:
+    """Of the flag, else of Wan2GP's key in the configuration; "" leaves it to the order of the preset's files."""
+    asked = str(getattr(ctx.args, key, None) or ctx.config.get(key) or "").strip().lower()
+    if asked and asked not in QUANTIZATIONS:
+        flag = f"--{key.replace('_', '-')}"
+        raise UserError(f"{flag} {asked}: there is no such choice.", f"Choose from: {', '.join(QUANTIZATIONS)}.")
+    return asked
 
 
 def choose_compute(ctx: AppContext) -> Choice:
@@ -263,6 +282,15 @@ def _choose_offload(
         return choice, None
     budgets = budgets_mib(profile, weights, device.total_memory)
     return choice, max(min(budgets[name] or size / MIB, size / MIB) for name, size in weights.items())
+
+
+def _error_lora(files: Sequence[PlannedFile], settings: GenerationSettings) -> tuple[LoraChoice, ...]:
+    """The error-correction LoRA that lies beside the transformer's file, unless it is turned off."""
+    transformer = next((file.path for file in files if file.role == "transformer"), None)
+    if transformer is None or not settings.error_lora_strength:
+        return ()
+    path = find_beside(transformer)
+    return () if path is None else (LoraChoice(str(path), f"{settings.error_lora_strength:g}"),)
 
 
 def _find_lora(ctx: AppContext, preset: Preset, choice: LoraChoice) -> PlannedFile:

@@ -6,24 +6,30 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.inspection import describe_checkpoint
+from shared.app.loras import match_words
 from shared.app.memory import peak_rss_mb
 from shared.app.metadata import write_file
 from shared.app.schema import read_json_object
 from shared.quant.checkpoint import Checkpoint
+from shared.quant.error_lora import find_beside, path_beside
 from shared.quant.errors import UserError
+from shared.quant.formats import format_of
 from shared.quant.recipe import KEPT, Recipe, Rule
+from shared.quant.sensitivity import AUTO, GGUF_FORMATS, SAFETENSORS_FORMATS
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
     from shared.app.presets import Preset
-    from shared.quant.convert import Conversion, LayerReport, OnProgress
+    from shared.quant.convert import Conversion, LayerReport, Means, OnProgress
+    from shared.quant.inputs import Inputs
+    from shared.quant.targets import Target
 
 FINETUNES = "finetunes"
 WORST = 10
@@ -39,6 +45,10 @@ class QuantizeRequest:
     """What the command line asks for. recipe: a name or a file. keep: patterns of layers that stay as they are.
 
     rank: None for the default. like: id of the preset whose settings the new one takes, "" to find it by the file.
+    merge_loras: files and strengths, added to the weights first. error_lora_rank: of the error-correction LoRA that is
+    written beside the output; 0 for none. calibrate: pictures that are drawn first, to see what layers are fed with.
+    prompts: for them; none for the family's own. learned_rounding: see shared/quant/rounding.py. target_size: bytes of
+    the new file, for recipes that say "auto"; 0 for none.
     """
 
     source: Path
@@ -49,11 +59,32 @@ class QuantizeRequest:
     like: str = ""
     with_preset: bool = True
     overwrite: bool = False
+    merge_loras: Sequence[tuple[Path, float]] = ()
+    error_lora_rank: int = 0
+    calibrate: int = 0
+    prompts: Sequence[str] = ()
+    learned_rounding: bool = False
+    target_size: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Why a layer got its format: what was measured of it, and the error that each format tried would have had."""
+
+    layer: str
+    format: str
+    kurtosis: float
+    peak: float
+    errors: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeResult:
-    """What was written. layers: every matrix, in the file's order. preset: its id, "" when none was made."""
+    """What was written. layers: every matrix, in the file's order. preset: its id, "" when none was made.
+
+    error_lora: the error-correction LoRA's file, None without one. chosen: what the recipe left open, and why.
+    expected_bytes: the size that the choice was made for, None without one.
+    """
 
     output: Path
     report: Path
@@ -63,6 +94,9 @@ class QuantizeResult:
     layers: Sequence[LayerReport]
     notes: Sequence[str]
     preset: str
+    error_lora: Path | None = None
+    chosen: Sequence[Chosen] = ()
+    expected_bytes: int | None = None
 
     @property
     def quantized(self) -> list[LayerReport]:
@@ -73,7 +107,6 @@ class QuantizeResult:
 
     def as_dict(self) -> dict[str, Any]:
         quantized = self.quantized
-        mean = sum(r.relative_error for r in quantized) / len(quantized) if quantized else 0.0
         return {
             "output": str(self.output),
             "bytes": self.bytes,
@@ -81,7 +114,12 @@ class QuantizeResult:
             "seconds": round(self.seconds, 1),
             "peak_rss_mb": None if self.peak_rss_mb is None else round(self.peak_rss_mb),
             "worst": [asdict(r) for r in quantized[:WORST]],
-            "mean_relative_error": mean,
+            "mean_relative_error": _mean(r.relative_error for r in quantized) or 0.0,
+            "mean_output_error": _mean(r.output_error for r in quantized),
+            "mean_corrected_error": _mean(r.corrected_error for r in quantized),
+            "mean_corrected_output_error": _mean(r.corrected_output_error for r in quantized),
+            "expected_bytes": self.expected_bytes,
+            "error_lora": None if self.error_lora is None else str(self.error_lora),
             "report": str(self.report),
             "preset": self.preset,
             "notes": list(self.notes),
@@ -90,33 +128,68 @@ class QuantizeResult:
 
 def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress) -> QuantizeResult:
     """Convert, then write OUT.report.json and the preset. Raises UserError before anything is written where it can."""
-    from shared.quant.convert import convert, convert_to_gguf, plan_conversion
+    from shared.quant.convert import Means, convert, convert_to_gguf, expected_bytes, plan_conversion
     from shared.quant.targets import DEFAULT_RANK, targets
 
     started = time.monotonic()
     _check_paths(request)
+    _check_lora_paths(request)
     family = _family_of(ctx, request.source)
     like = _preset_like(ctx, request) if request.with_preset else None
     known = targets()
-    recipe = _recipe(request, family.RECIPES, [*known, "bf16", "fp16"])
+    recipe = _recipe(request, family.RECIPES, [*known, "bf16", "fp16", AUTO])
+    is_auto = any(rule.format == AUTO for rule in recipe.rules)
+    _check_numbers(request, is_auto)
     model = family.open_model(request.source)
+    notes = []
+    if request.merge_loras:
+        model, matches = family.merge(model, request.merge_loras)
+        notes += [f"merged {match_words(match.as_dict())}" for match in matches]
+        if packed := sum(format_of(part.layer) is not None for parts in model.plan.values() for part in parts):
+            notes.append(
+                f"{packed} layers of {request.source.name} are packed already: what they lost stays lost, "
+                "the LoRA is merged into what they hold."
+            )
     is_gguf = request.output.suffix.lower() == ".gguf"
-    conversion = plan_conversion(model, recipe, known, gguf=is_gguf)
+    conversion = plan_conversion(model, _opened(recipe, is_gguf), known, gguf=is_gguf)
     _check_keep(request, conversion)
     if request.rank is not None and not (conversion.has_rank and request.rank > 0):
         raise UserError(f"--rank {request.rank}: a positive number, for SVDQ formats only.", "Leave it out.")
+    if request.learned_rounding and not any(job.target and job.target.has_learned_rounding for job in conversion.jobs):
+        raise UserError("--learned-rounding: none of the formats here offers it; SVDQ formats do.", "Leave it out.")
+    if request.error_lora_rank < 0:
+        raise UserError(f"--error-lora {request.error_lora_rank}: a positive rank, 32 for example.")
+    if request.error_lora_rank and not conversion.formats:
+        raise UserError("--error-lora: no layer is packed, so there is no error to correct.", "Leave it out.")
     rank = request.rank or DEFAULT_RANK
+    means = Means(rank=rank, learned_rounding=request.learned_rounding, error_lora_rank=request.error_lora_rank)
+    prompts = tuple(request.prompts or family.calibration_prompts(model.config)) if request.calibrate else ()
+    if request.calibrate:
+        means = replace(means, inputs=_calibrated(ctx, request, prompts, conversion, on_progress))
+    chosen: list[Chosen] = []
+    if is_auto:
+        header = family.header(conversion.naming, {}, model.config, None)
+        recipe, chosen = _choose(request, recipe, conversion, known, means, header, on_progress)
+        conversion = plan_conversion(model, recipe, known, gguf=is_gguf)
     naming = "official" if is_gguf else conversion.naming
     metadata = family.header(naming, conversion.formats, model.config, rank)
     if is_gguf:
         layers = convert_to_gguf(
-            conversion, request.output, metadata={"config": metadata["config"]}, on_progress=on_progress
+            conversion, request.output, metadata={"config": metadata["config"]}, on_progress=on_progress, means=means
         )
     else:
-        rules = [[rule.pattern.pattern, rule.format] for rule in recipe.rules]
-        identity = {"source": _stamps(model.checkpoint), "rules": rules, "rank": rank}
+        identity = {"source": _stamps(model.checkpoint.files), "rules": _rules(recipe), "rank": rank}
+        identity |= {"error_lora": request.error_lora_rank}
+        identity |= {"calibrated": [request.calibrate, *prompts], "learned_rounding": request.learned_rounding}
+        identity |= {"merged": [[*_stamps([path]), strength] for path, strength in request.merge_loras]}
         layers = convert(
-            conversion, request.output, rank=rank, metadata=metadata, identity=identity, on_progress=on_progress
+            conversion,
+            request.output,
+            rank=rank,
+            metadata=metadata,
+            identity=identity,
+            on_progress=on_progress,
+            means=means,
         )
     result = QuantizeResult(
         output=request.output,
@@ -125,17 +198,25 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         seconds=time.monotonic() - started,
         peak_rss_mb=peak_rss_mb(),
         layers=layers,
-        notes=(_NO_CALIBRATION,) if conversion.has_rank else (),
+        notes=(*notes, *((_NO_CALIBRATION,) if conversion.has_rank and not request.calibrate else ())),
         preset=_register(ctx, like, request, recipe) if like else "",
+        error_lora=path_beside(request.output) if request.error_lora_rank else None,
+        chosen=chosen,
+        expected_bytes=expected_bytes(conversion, metadata) if is_auto else None,
     )
-    said = {"source": str(request.source), "recipe": str(recipe.path), "rank": rank if conversion.has_rank else None}
-    _write_json(result.report, said | result.as_dict() | {"every_layer": [asdict(r) for r in layers]})
+    said: dict[str, Any] = {"source": str(request.source), "recipe": str(recipe.path)}
+    said["rank"] = rank if conversion.has_rank else None
+    said |= {"calibration": {"pictures": request.calibrate, "prompts": list(prompts)} if request.calibrate else None}
+    everything = {"every_layer": [asdict(r) for r in layers], "chosen": [asdict(c) for c in chosen]}
+    _write_json(result.report, said | result.as_dict() | everything)
+    if is_auto:
+        _write_json(_recipe_path(request.output), {"description": recipe.description, "rules": _rules(recipe)})
     return result
 
 
 def recipe_names(root: Path) -> list[str]:
-    """Recipes that come with the program, by the name that --format and --recipe take."""
-    return sorted({path.stem for path in (root / "models").glob("*/recipes/*.json")})
+    """Recipes that come with the program and ask for no size, by the name that --format and --recipe take."""
+    return sorted({path.stem for path in (root / "models").glob("*/recipes/*.json")} - {AUTO})
 
 
 def _check_paths(request: QuantizeRequest) -> None:
@@ -148,6 +229,21 @@ def _check_paths(request: QuantizeRequest) -> None:
         raise UserError(f"--output {output} is a folder, or the file to be converted.", "Choose another name.")
     if not request.overwrite:
         raise UserError(f"{output} is there already.", "Choose another name, or add --overwrite.")
+
+
+def _check_lora_paths(request: QuantizeRequest) -> None:
+    for path, _ in request.merge_loras:
+        if not path.is_file():
+            raise UserError(f"--merge-lora {path}: there is no such file.", "Check the path.")
+    beside = path_beside(request.output)
+    if not request.error_lora_rank:
+        if find_beside(request.output) is not None and request.overwrite:
+            raise UserError(
+                f"{beside} corrects the errors of the file that is to be replaced, and would spoil the new one.",
+                "Delete it, or write a new one with --error-lora.",
+            )
+    elif beside.exists() and not request.overwrite:
+        raise UserError(f"{beside} is there already.", "Choose another name, or add --overwrite.")
 
 
 def _family_of(ctx: AppContext, source: Path) -> Any:
@@ -164,6 +260,99 @@ def _family_of(ctx: AppContext, source: Path) -> Any:
     raise UserError(
         f"{source}: {described['summary']}; only transformers can be converted.", "`wgp.py inspect FILE` says more."
     )
+
+
+def _check_numbers(request: QuantizeRequest, is_auto: bool) -> None:
+    if request.calibrate < 0:
+        raise UserError(f"--calibrate {request.calibrate}: a number of pictures, 8 for example.")
+    if request.learned_rounding and not request.calibrate:
+        raise UserError("--learned-rounding learns from what layers are fed with.", "Add --calibrate 8.")
+    if request.prompts and not request.calibrate:
+        raise UserError("--prompts are for the pictures of --calibrate.", "Add --calibrate 8.")
+    if is_auto != bool(request.target_size):
+        raise UserError(
+            f"{request.recipe} leaves formats open, which takes a size." if is_auto
+            else f"{request.recipe} leaves no format open, so there is nothing to do for a --target-size.",
+            "Add --target-size 4.8GB, for example." if is_auto else "Leave it out, or use --recipe auto.",
+        )  # fmt: skip
+
+
+def _opened(recipe: Recipe, is_gguf: bool) -> Recipe:
+    """The recipe with the smallest format wherever it says "auto": for its names and for what it will not accept."""
+    smallest = (GGUF_FORMATS if is_gguf else SAFETENSORS_FORMATS)[0]
+    rules = tuple(replace(rule, format=smallest) if rule.format == AUTO else rule for rule in recipe.rules)
+    return replace(recipe, rules=rules)
+
+
+def _calibrated(
+    ctx: AppContext, request: QuantizeRequest, prompts: Sequence[str], conversion: Conversion, on_progress: OnProgress
+) -> Callable[[str], Inputs | None]:
+    """What our modules were seen to take while the model drew."""
+    from shared.app.calibration import Drawings, watch
+
+    drawings = Drawings(
+        source=request.source,
+        like=_preset_like(ctx, request),
+        prompts=prompts,
+        count=request.calibrate,
+        loras=request.merge_loras,
+    )
+    return watch(ctx, drawings, lambda words: on_progress(0, conversion.numbers, words)).inputs
+
+
+def _choose(
+    request: QuantizeRequest,
+    recipe: Recipe,
+    conversion: Conversion,
+    known: Mapping[str, Target],
+    means: Means,
+    header: Mapping[str, str],
+    on_progress: OnProgress,
+) -> tuple[Recipe, list[Chosen]]:
+    """The recipe with a format for each layer that it leaves open, and why."""
+    from shared.quant.convert import expected_bytes
+    from shared.quant.sensitivity import choose, probe
+
+    is_gguf = request.output.suffix.lower() == ".gguf"
+    formats = {name: known.get(name) for name in (GGUF_FORMATS if is_gguf else SAFETENSORS_FORMATS)}
+    jobs = [job for job in conversion.jobs if job.target and recipe.format_of(job.place.official[0]) == AUTO]
+    layers = []
+    for job in jobs:
+        on_progress(0, conversion.numbers, f"Trying formats on {job.place.module}")
+        layers.append(probe(job, formats, means))
+    smallest = sum(min(c.bytes for c in layer.candidates) for layer in layers)
+    # All that is not chosen for: the file with the smallest formats, without them.
+    rest = expected_bytes(conversion, header) - smallest
+    if rest + smallest > request.target_size:
+        raise UserError(
+            f"--target-size: {request.target_size / 1e6:,.1f} MB is too small; the smallest file of this recipe takes "
+            f"{(rest + smallest) / 1e6:,.1f} MB.",
+            "Allow that much, or write a recipe that packs more layers.",
+        )
+    found = choose(layers, request.target_size - rest)
+    rules = [Rule(re.compile(re.escape(name)), candidate.format) for name, candidate in found.items()]
+    words = f"Chosen for {request.source.name} and {request.target_size / 1e6:,.1f} MB. {recipe.description}"
+    fixed = [rule for rule in recipe.rules if rule.format != AUTO]
+    reasons = [
+        Chosen(
+            layer=layer.name,
+            format=found[layer.name].format,
+            kurtosis=layer.kurtosis,
+            peak=layer.peak,
+            errors={candidate.format: candidate.error for candidate in layer.candidates},
+        )
+        for layer in layers
+    ]
+    # First, since no other rule decided about these layers.
+    return replace(recipe, description=words, rules=(*rules, *fixed)), reasons
+
+
+def _recipe_path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.recipe.json")
+
+
+def _rules(recipe: Recipe) -> list[list[str]]:
+    return [[rule.pattern.pattern, rule.format] for rule in recipe.rules]
 
 
 def _recipe(request: QuantizeRequest, folder: Path, formats: Sequence[str]) -> Recipe:
@@ -193,9 +382,14 @@ def _check_keep(request: QuantizeRequest, conversion: Conversion) -> None:
             )
 
 
-def _stamps(checkpoint: Checkpoint) -> list[list[Any]]:
-    """What tells that the source is still the same."""
-    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in checkpoint.files]
+def _stamps(files: Sequence[Path]) -> list[list[Any]]:
+    """What tells that files are still the same."""
+    return [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    known = [error for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _preset_like(ctx: AppContext, request: QuantizeRequest) -> Preset:

@@ -173,6 +173,9 @@ SETTING_KEYS: Mapping[str, Key] = {
     "NAG_scale": Key(NUMBER, "normalized attention guidance; 1 is off", 1.0),
     "NAG_tau": Key(NUMBER, "its limit on the ratio of norms", 3.5),
     "NAG_alpha": Key(NUMBER, "its blend with the unguided features, 0 to 1", 0.5),
+    "error_lora_strength": Key(
+        NUMBER, "strength of the error-correction LoRA beside a packed model's file, if there is one; 0 is off", 1.0
+    ),
     "denoising_strength": Key(NUMBER, "share of the schedule that is run on a given picture, 0 to 1", 1.0),
     "image_start": Key(TEXT, "picture to change: image to image, inpainting, outpainting", ""),
     "image_mask": Key(TEXT, "mask over it, white is repainted", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,19 @@ if TYPE_CHECKING:
     from shared.app.quantize import QuantizeResult
 
 
+_SHOWN_CHOICES = 10
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a transformer: .safetensors, .gguf, an index, or a folder of one")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--format", metavar="F", help="int8, fp8_scaled, mxfp8, nvfp4, svdq_int4, svdq_fp4, int8_comfy, "
                        "fp8, bf16, fp16; q8_0, q5_1, q5_0, q4_1, q4_0 for GGUF")  # fmt: skip
-    which.add_argument("--recipe", metavar="NAME|FILE", help="a format for each layer: nvfp4_mixed, or a JSON file")
+    which.add_argument(
+        "--recipe",
+        metavar="NAME|FILE",
+        help="a format for each layer: nvfp4_mixed, auto (by --target-size), or a JSON file",
+    )
     parser.add_argument("--rank", metavar="R", type=int, help="of SVDQ's low-rank branch (default: 32)")
     parser.add_argument(
         "--keep",
@@ -27,6 +35,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help=r"leave layers plain whose whole official name fits, such as layers\.0\..*; repeatable",
+    )
+    parser.add_argument(
+        "--merge-lora",
+        metavar="FILE[:STRENGTH]",
+        action="append",
+        default=[],
+        help="add a LoRA to the weights before they are converted; strength 1 if left out; repeatable",
+    )
+    parser.add_argument(
+        "--error-lora",
+        metavar="R",
+        type=int,
+        default=0,
+        help="write OUT's stem + _lora.safetensors too: a LoRA of this rank that gives back some of what packing took",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="N",
+        type=int,
+        default=0,
+        help="draw N pictures first and watch what layers are fed with: SVDQ formats, --error-lora and --recipe auto "
+        "then aim at the outputs of layers, and the report tells their errors",
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="prompts for --calibrate, one in a line (default: our own)")
+    parser.add_argument(
+        "--learned-rounding",
+        action="store_true",
+        help="round each column in view of what others missed; slow; for SVDQ formats, with --calibrate",
+    )
+    parser.add_argument(
+        "--target-size",
+        metavar="SIZE",
+        type=_bytes,
+        default=0,
+        help="size of OUT for --recipe auto, such as 4.8GB or 12MB; the formats are chosen by what layers stand",
     )
     parser.add_argument("--output", metavar="OUT", required=True, help="the new file, .safetensors or .gguf")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
@@ -54,6 +97,12 @@ def quantize(ctx: AppContext, args: argparse.Namespace) -> int:
         like=args.like,
         with_preset=not args.no_preset,
         overwrite=args.overwrite,
+        merge_loras=[_merged(text) for text in args.merge_lora],
+        error_lora_rank=args.error_lora,
+        calibrate=args.calibrate,
+        prompts=_prompts(args.prompts),
+        learned_rounding=args.learned_rounding,
+        target_size=args.target_size,
     )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), TimeRemainingColumn())
@@ -70,6 +119,43 @@ def quantize(ctx: AppContext, args: argparse.Namespace) -> int:
         result = run(ctx, request, on_progress)
     print(json.dumps(result.as_dict()) if args.json else report_text(result), flush=True)
     return 0
+
+
+def _bytes(text: str) -> int:
+    """4.8GB, 12 MB, 4.5GiB or a number of bytes."""
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in units:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; 4.8GB and 12MB are")
+    return round(float(match[1]) * units[match[2].lower()])
+
+
+def _prompts(file: str | None) -> list[str]:
+    """The lines of a file. Raises UserError when there are none."""
+    from shared.quant.errors import UserError
+
+    if file is None:
+        return []
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {file}: cannot be read ({error}).", "Check the path.") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--prompts {file}: the file is empty.", "Write one prompt in a line.")
+    return found
+
+
+def _merged(text: str) -> tuple[Path, float]:
+    """FILE or FILE:STRENGTH. Raises UserError for a strength that changes over the steps."""
+    from shared.app.settings import parse_lora
+    from shared.quant.errors import UserError
+
+    choice = parse_lora(text)
+    try:
+        return Path(choice.file).expanduser(), float(choice.multiplier)
+    except ValueError:
+        raise UserError(f"--merge-lora {text}: the weights take one strength.", "Give one number.") from None
 
 
 def report_text(result: QuantizeResult) -> str:
@@ -89,8 +175,34 @@ def report_text(result: QuantizeResult) -> str:
         width = max(len(report.module) for report in worst)
         lines += [f"  mean relative error of the weights {said['mean_relative_error']:.4f}; the least exact:"]
         lines += [f"    {r.module:<{width}}  {r.format:<10} {r.relative_error:.4f}" for r in worst]
+    if said["mean_output_error"] is not None:
+        lines.append(f"  mean relative error of the outputs {said['mean_output_error']:.4f}")
+    if result.error_lora is not None:
+        outputs = said["mean_corrected_output_error"]
+        of_outputs = "" if outputs is None else f", of the outputs {outputs:.4f}"
+        lines.append(f"  with {result.error_lora.name}: {said['mean_corrected_error']:.4f}{of_outputs}")
+    if result.chosen:
+        lines += _choice_text(result)
     lines += [f"  {note}" for note in result.notes]
     lines += [f"  every layer: {result.report}"]
     if result.preset:
         lines += [f"  draw with it: wgp.py generate PROMPT --preset {result.preset}"]
     return "\n".join(lines)
+
+
+def _choice_text(result: QuantizeResult) -> list[str]:
+    """Why layers got the formats they have, those first that small formats hurt most."""
+    smallest = next(iter(result.chosen[0].errors))
+    kept = sorted((c for c in result.chosen if c.format != smallest), key=lambda c: -c.errors[smallest])
+    expected = result.expected_bytes or 0
+    lines = [
+        f"  size by arithmetic {expected:,} bytes, in fact {result.bytes:,}; {len(result.chosen) - len(kept)} of "
+        f"{len(result.chosen)} layers are {smallest}, {len(kept)} got more bytes, where these buy most:"
+    ]
+    width = max((len(c.layer) for c in kept), default=0)
+    lines += [
+        f"    {c.layer:<{width}}  {c.format:<10} error {c.errors[smallest]:.4f} -> {c.errors[c.format]:.4f}, "
+        f"excess kurtosis {c.kurtosis:.1f}, peak {c.peak:.1f} rms"
+        for c in kept[:_SHOWN_CHOICES]
+    ]
+    return lines

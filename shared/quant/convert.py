@@ -5,19 +5,22 @@
                                                         +----- relative error, read back <-----+
 
 Each new layer is read back by the format's own reader before it is written, so a file that converts is one that loads,
-and what the report says of a layer is what a program will compute with.
+and what the report says of a layer is what a program will compute with. LoRAs to be merged are added to the source's
+rows in float32; an error-correction LoRA (error_lora.py) is written in step with the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from uuid import uuid4
 
-from shared.quant import gguf_file
+from shared.quant import error_lora, gguf_file
 from shared.quant.assemble import Part, Plan
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, RunError, UserError
@@ -28,6 +31,9 @@ from shared.quant.targets import PLAIN, Naming, Target
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from shared.quant.inputs import Inputs
+    from shared.quant.safetensors_writer import SafetensorsWriter
 
 _ROWS_AT_ONCE = 1024  # compared together: a whole matrix in float32 twice would take most of a gigabyte
 
@@ -50,26 +56,46 @@ class Places(Protocol):
         """Where a file of this naming keeps our module; packed: whether it will be."""
 
 
+class Merge(Protocol):
+    """A LoRA that is to become part of the weights."""
+
+    @property
+    def modules(self) -> Collection[str]:
+        """Ours, whose parameters it changes."""
+
+    def delta(self, module: str, suffix: str, base: Callable[[], Tensor]) -> Tensor | None:
+        """What it adds to one of our parameters, float32, whole; None for nothing. base: the module's weight."""
+
+
 @dataclass(frozen=True)
 class Model:
-    """A model's file, and what its family says of it. shapes: our module -> suffix -> shape. config: for the header."""
+    """A model's file, and what its family says of it. shapes: our module -> suffix -> shape. config: for the header.
+
+    merges: added to the weights on the way.
+    """
 
     checkpoint: Checkpoint
     plan: Plan
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     config: Mapping[str, Any]
     places: Places
+    merges: Sequence[Merge] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A module of the new file and how it is made. shapes: suffix -> shape; the suffix "" is a bare parameter."""
+    """A module of the new file and how it is made. shapes: suffix -> shape; the suffix "" is a bare parameter.
 
+    source: our module whose rows it holds.
+    """
+
+    source: str
     place: Place
     parts: Sequence[Part]
     shapes: Mapping[str, tuple[int, ...]]
     format: str
     target: Target | None  # None: plain numbers
+    merges: Sequence[Merge] = ()
 
     @property
     def numbers(self) -> int:
@@ -78,13 +104,34 @@ class Job:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How a matrix came out. relative_error: norm of what the format changed over the norm of the weight."""
+    """How a matrix came out. relative_error: norm of what the format changed over the norm of the weight.
+
+    output_error: the same of its outputs, for inputs it was seen to take; None without calibration.
+    corrected_error, corrected_output_error: both with the error-correction LoRA; None without.
+    """
 
     module: str
     format: str
     shape: tuple[int, ...]
     bytes: int
     relative_error: float
+    output_error: float | None = None
+    corrected_error: float | None = None
+    corrected_output_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """How matrices are packed, besides their formats.
+
+    rank: of SVDQ's branch. inputs: what one of our modules was seen to take, None where nothing is known.
+    learned_rounding: see rounding.py; for formats that offer it. error_lora_rank: 0 for none.
+    """
+
+    rank: int
+    inputs: Callable[[str], Inputs | None] = lambda _module: None
+    learned_rounding: bool = False
+    error_lora_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +177,8 @@ def plan_conversion(model: Model, recipe: Recipe, known: Mapping[str, Target], *
             if module not in matrices and chosen not in PLAIN:
                 chosen = KEPT
             of_place = {s: (shape[0] * len(place.blocks) // place.of, *shape[1:]) for s, shape in shapes.items()}
-            jobs.append(Job(place, model.plan[module], of_place, chosen, known.get(chosen)))
+            merges = [merge for merge in model.merges if module in merge.modules]
+            jobs.append(Job(module, place, model.plan[module], of_place, chosen, known.get(chosen), merges))
     for job in jobs:
         _check_size(job)
     return Conversion(model.checkpoint.path, tuple(jobs), naming)
@@ -144,35 +192,48 @@ def convert(
     metadata: Mapping[str, str],
     identity: Any,
     on_progress: OnProgress,
+    means: Means | None = None,
 ) -> list[LayerReport]:
     """Write a safetensors file and say how each matrix came out. One layer is in memory at a time.
 
-    identity: JSON-able; an unfinished file of the same identity is gone on with. Raises UserError naming the layer
-    that cannot be converted, RunError when the disk refuses.
+    identity: JSON-able; an unfinished file of the same identity is gone on with. means: instead of `rank` alone.
+    Raises UserError naming the layer that cannot be converted, RunError when the disk refuses.
     """
-    from shared.quant.safetensors_writer import SafetensorsWriter
-
-    names = [_join(job.place.module, suffix) for job in conversion.jobs for suffix in _possible_suffixes(job)]
-    name_bytes = sum(len(name.encode()) for name in names)
+    means = means or Means(rank=rank)
     done = 0
-    with SafetensorsWriter(output, names=len(names), name_bytes=name_bytes, metadata=metadata, job=identity) as writer:
+    with ExitStack() as stack:
+        corrections = _corrections(conversion, output, means, identity, stack)
+        names, name_bytes = name_room(conversion)
+        writer = _writer(stack, output, names, name_bytes, metadata, identity)
         for job in conversion.jobs:
             module = job.place.module
             on_progress(done, conversion.numbers, module)
-            if module not in writer.finished:
-                tensors, report = _converted(conversion.source, job, rank)
-                named = {_join(module, suffix): tensor for suffix, tensor in tensors.items()}
-                writer.add(module, named, asdict(report) if report else None)
+            corrected = corrections is None or job.target is None or module in corrections.finished
+            if module not in writer.finished or not corrected:
+                tensors, report, pair = _converted(conversion.source, job, means)
+                if corrections is not None and not corrected:
+                    corrections.add(module, pair)
+                if module not in writer.finished:
+                    named = {_join(module, suffix): tensor for suffix, tensor in tensors.items()}
+                    writer.add(module, named, asdict(report) if report else None)
             done += job.numbers
+        if corrections is not None:
+            corrections.finish()
         writer.finish()
     notes = [writer.finished[job.place.module] for job in conversion.jobs]
     return [LayerReport(**note | {"shape": tuple(note["shape"])}) for note in notes if note]
 
 
 def convert_to_gguf(
-    conversion: Conversion, output: Path, *, metadata: Mapping[str, str], on_progress: OnProgress
+    conversion: Conversion,
+    output: Path,
+    *,
+    metadata: Mapping[str, str],
+    on_progress: OnProgress,
+    means: Means | None = None,
 ) -> list[LayerReport]:
     """As convert(), into a GGUF file. An interrupted one leaves nothing, and starts from the beginning."""
+    means = means or Means(rank=0)
     sources: dict[str, gguf_file.Source] = {}
     reports: list[LayerReport] = []
     done = 0
@@ -187,9 +248,11 @@ def convert_to_gguf(
             if not is_matrix:
                 return _as_plain(conversion.source, job, suffix, plain)
             on_progress(before, conversion.numbers, job.place.module)
-            tensors, report = _converted(conversion.source, job, 0)
+            tensors, report, pair = _converted(conversion.source, job, means)
             if report:
                 reports.append(report)
+            if corrections is not None and job.target and job.place.module not in corrections.finished:
+                corrections.add(job.place.module, pair)
             return tensors[suffix]
 
         packed = job.target.gguf if job.target and is_matrix else ""
@@ -198,15 +261,85 @@ def convert_to_gguf(
     for job in conversion.jobs:
         sources |= {_join(job.place.module, suffix): source_of(job, suffix, done) for suffix in job.shapes}
         done += job.numbers
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        gguf_file.write(output, sources, metadata=metadata)
-    except OSError as error:
-        raise RunError(
-            f"{output} could not be written: {error.strerror or error}.",
-            "Look at the free space and the permissions there.",
-        ) from error
+    with ExitStack() as stack:
+        # No second run goes on with what this one leaves: it starts from the beginning, as the GGUF file does.
+        corrections = _corrections(conversion, output, means, uuid4().hex, stack)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            gguf_file.write(output, sources, metadata=metadata)
+        except OSError as error:
+            raise RunError(
+                f"{output} could not be written: {error.strerror or error}.",
+                "Look at the free space and the permissions there.",
+            ) from error
+        if corrections is not None:
+            corrections.finish()
     return reports
+
+
+def name_room(conversion: Conversion) -> tuple[int, int]:
+    """The most tensors that the new file may hold, and the bytes of their names together."""
+    names = [_join(job.place.module, suffix) for job in conversion.jobs for suffix in _possible_suffixes(job)]
+    return len(names), sum(len(name.encode()) for name in names)
+
+
+def sampled(job: Job, formats: Mapping[str, Target | None], means: Means, rows: int) -> tuple[Tensor, dict[str, float]]:
+    """About `rows` rows of a job's weight, float32, and the relative error of each format (None: plain) on them.
+
+    Of the outputs where inputs are known, else of the weight.
+    """
+    whole = _rows(job, "weight")
+    weight = whole[:: -(-len(whole) // rows)].float()
+    part = replace(job, shapes={"weight": tuple(weight.shape)})
+    inputs = means.inputs(job.source)
+    errors = {}
+    for name, target in formats.items():
+        if target is None:
+            errors[name] = 0.0
+            continue
+        made = target.quantize(weight, 1, means.rank, inputs=inputs)
+        of_weight, of_outputs = _errors(weight, made, replace(part, format=name, target=target), inputs)
+        errors[name] = of_weight if of_outputs is None else of_outputs
+    return weight, errors
+
+
+def expected_bytes(conversion: Conversion, metadata: Mapping[str, str]) -> int:
+    """The size of the new file, from shapes alone. Raises UserError for a format whose size is not known beforehand."""
+    from shared.quant.safetensors_writer import header_bytes
+    from shared.quant.sensitivity import bytes_of
+
+    gguf = any(job.target and job.target.gguf for job in conversion.jobs)
+    total = 0
+    for job in conversion.jobs:
+        for suffix, shape in job.shapes.items():
+            if suffix == "weight" and len(shape) == 2:
+                total += bytes_of(job.format, job.target, *shape)
+            else:
+                total += prod(shape) * (4 if gguf else 2)
+    # GGUF's header is as long as what it holds; its names are the most of it.
+    names, name_bytes = name_room(conversion)
+    return total + (name_bytes if gguf else header_bytes(names, name_bytes, metadata))
+
+
+def _writer(
+    stack: ExitStack, path: Path, names: int, name_bytes: int, metadata: Mapping[str, str], identity: Any
+) -> SafetensorsWriter:
+    from shared.quant.safetensors_writer import SafetensorsWriter
+
+    return stack.enter_context(
+        SafetensorsWriter(path, names=names, name_bytes=name_bytes, metadata=metadata, job=identity)
+    )
+
+
+def _corrections(
+    conversion: Conversion, output: Path, means: Means, identity: Any, stack: ExitStack
+) -> SafetensorsWriter | None:
+    """The writer of the error-correction LoRA, None where none is wanted."""
+    if not means.error_lora_rank:
+        return None
+    path = error_lora.path_beside(output)
+    names, name_bytes = error_lora.name_room(job.place for job in conversion.jobs if job.target)
+    return _writer(stack, path, names, name_bytes, error_lora.metadata(output, means.error_lora_rank), identity)
 
 
 def _naming(model: Model, recipe: Recipe, known: Mapping[str, Target], matrices: Collection[str], gguf: bool) -> Naming:
@@ -251,44 +384,66 @@ def _possible_suffixes(job: Job) -> set[str]:
     return {*job.shapes, *(job.target.suffixes if job.target else ())}
 
 
-def _converted(source: Path, job: Job, rank: int) -> tuple[dict[str, Tensor], LayerReport | None]:
-    """A module's tensors by suffix, and how its matrix came out; None without one."""
+def _converted(source: Path, job: Job, means: Means) -> tuple[dict[str, Tensor], LayerReport | None, dict[str, Tensor]]:
+    """A module's tensors by suffix, how its matrix came out (None without one), and its error-correction LoRA."""
     plain = PLAIN.get(job.format, PLAIN[KEPT])
     tensors: dict[str, Tensor] = {}
     report = None
+    pair: dict[str, Tensor] = {}
     for suffix, shape in job.shapes.items():
         if suffix != "weight" or len(shape) != 2:
             tensors[suffix] = _as_plain(source, job, suffix, plain)
             continue
         weight = _rows(job, suffix)
+        inputs = means.inputs(job.source)
         try:
             if job.target is None:
                 made = {suffix: _as_plain(source, job, suffix, plain)}
             else:
-                made = job.target.quantize(weight, len(job.place.blocks), rank)
+                made = job.target.quantize(
+                    weight, len(job.place.blocks), means.rank, inputs=inputs, learned_rounding=means.learned_rounding
+                )
         except (UserError, ValueError) as error:
             hint = error.hint if isinstance(error, UserError) else ""
             raise UserError(f"{source}: {job.place.module} cannot become {job.format}: {error}", hint) from error
         nbytes = sum(t.numel() * t.element_size() for t in made.values())
-        report = LayerReport(job.place.module, job.format, shape, nbytes, _relative_error(weight, made, job))
+        errors = _errors(weight, made, job, inputs)
+        corrected: tuple[float | None, float | None] = (None, None)
+        if means.error_lora_rank and job.target:
+            up, down = error_lora.correction(_missing(weight, made, job), means.error_lora_rank, inputs)
+            pair = error_lora.tensors_of(job.place, up, down)
+            corrected = _errors(weight, made, job, inputs, (up, down))
+        report = LayerReport(job.place.module, job.format, shape, nbytes, *errors, *corrected)
         tensors |= made
-    return tensors, report
+    return tensors, report, pair
 
 
 def _rows(job: Job, suffix: str) -> Tensor:
-    """The job's rows of one parameter, in the place's order; float32 where the source is packed."""
+    """The job's rows of one parameter, in the place's order; float32 where the source is packed or LoRAs are merged."""
+    import torch
+
+    rows = _blocks(job, suffix, job.place.blocks).reshape(job.shapes[suffix])
+    for merge in job.merges:
+        delta = merge.delta(job.source, suffix, lambda: _blocks(job, "weight", range(job.place.of)).float())
+        if delta is not None:
+            parts = delta.chunk(job.place.of)
+            rows = rows.float() + torch.cat([parts[block] for block in job.place.blocks]).reshape(rows.shape)
+    return rows
+
+
+def _blocks(job: Job, suffix: str, blocks: Sequence[int]) -> Tensor:
+    """These row blocks of the source's parameter, in this order."""
     import torch
 
     found: dict[int, Tensor] = {}
     for part in job.parts:
-        if not set(part.blocks) & set(job.place.blocks):
+        if not set(part.blocks) & set(blocks):
             continue
         packed = format_of(part.layer) if suffix == "weight" else None
         whole = packed.read(part.layer).dequantize(torch.float32) if packed else part.layer.load(suffix)[0]
         found |= dict(zip(part.blocks, whole.chunk(len(part.blocks)), strict=True))
-    rows = [found[block] for block in job.place.blocks]
-    joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-    return joined.reshape(job.shapes[suffix])
+    rows = [found[block] for block in blocks]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _as_plain(source: Path, job: Job, suffix: str, dtype: str) -> Tensor:
@@ -305,21 +460,51 @@ def _as_plain(source: Path, job: Job, suffix: str, dtype: str) -> Tensor:
     return plain
 
 
-def _relative_error(weight: Tensor, made: Mapping[str, Tensor], job: Job) -> float:
-    """What the format's own reader makes of the tensors, against the weight."""
+def _errors(
+    weight: Tensor,
+    made: Mapping[str, Tensor],
+    job: Job,
+    inputs: Inputs | None,
+    pair: tuple[Tensor, Tensor] | None = None,
+) -> tuple[float, float | None]:
+    """Relative errors of the weight and of its outputs (None without inputs), with a correcting pair if given."""
+    changed = whole = outputs_changed = outputs = 0.0
+    rows = None if inputs is None else inputs.judging
+    for start, wanted, found in _read_back(weight, made, job):
+        if pair is not None:
+            found = found.addmm(pair[0][start : start + len(found)], pair[1])
+        found -= wanted
+        changed += float(found.square().sum(dtype=_double()))
+        whole += float(wanted.square().sum(dtype=_double()))
+        if rows is not None:
+            outputs_changed += float((rows @ found.t()).square().sum(dtype=_double()))
+            outputs += float((rows @ wanted.t()).square().sum(dtype=_double()))
+    of_outputs = None if rows is None else _relative(outputs_changed, outputs)
+    return _relative(changed, whole), of_outputs
+
+
+def _missing(weight: Tensor, made: Mapping[str, Tensor], job: Job) -> Tensor:
+    """(N, K) float32: what the format took from the weight."""
+    import torch
+
+    return torch.cat([wanted - found for _, wanted, found in _read_back(weight, made, job)])
+
+
+def _read_back(weight: Tensor, made: Mapping[str, Tensor], job: Job) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row, rows of the weight, and what the format's own reader makes of the tensors; float32, new memory."""
     layer = _layer_of(made, job)
     reader = format_of(layer)
     packed = reader.read(layer) if reader else None
-    changed = whole = 0.0
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(weight))
         wanted = weight[start:stop].float()
         if packed:
-            found = packed.take_rows(start, stop).dequantize(wanted.dtype)
+            yield start, wanted, packed.take_rows(start, stop).dequantize(wanted.dtype)
         else:
-            found = made["weight"][start:stop].float()
-        changed += float((found - wanted).square().sum(dtype=_double()))
-        whole += float(wanted.square().sum(dtype=_double()))
+            yield start, wanted, made["weight"][start:stop].to(wanted.dtype, copy=True)
+
+
+def _relative(changed: float, whole: float) -> float:
     return float((changed / whole) ** 0.5) if whole else 0.0
 
 

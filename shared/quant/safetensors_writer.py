@@ -54,9 +54,7 @@ class SafetensorsWriter:
         self.journal = path.with_name(f"{path.name}.part.journal")
         self.finished: dict[str, Any] = {}  # group -> the note that add() was given
         self._metadata = dict(metadata)
-        # dtype, two sizes, two offsets and the punctuation of an entry take at most 120 bytes.
-        room = len(json.dumps({"__metadata__": self._metadata})) + name_bytes + 120 * names
-        self._start = 8 + room + -room % ALIGNMENT
+        self._start = header_bytes(names, name_bytes, self._metadata)
         # As JSON gives it back, so that it can be compared.
         self._job = json.loads(json.dumps({"job": job, "start": self._start}))
         self._entries: dict[str, dict[str, Any]] = {}
@@ -191,6 +189,13 @@ class SafetensorsWriter:
         for path in (self.part, self.journal):
             with suppress(OSError):  # not there, or in a folder that could not be made
                 path.unlink()
+
+
+def header_bytes(names: int, name_bytes: int, metadata: Mapping[str, str]) -> int:
+    """What precedes the data of a file that is written here: the room that is reserved for its header."""
+    # dtype, two sizes, two offsets and the punctuation of an entry take at most 120 bytes.
+    room = len(json.dumps({"__metadata__": dict(metadata)})) + name_bytes + 120 * names
+    return 8 + room + -room % ALIGNMENT
 
 
 def _whole_line(text: bytes) -> dict[str, Any] | None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from shared.quant.recipe import KEPT
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shared.quant.inputs import Inputs
+    from shared.quant.packings.svdq import Kind
 
 # Which names of layers a file has: those of the model's own repository (ComfyUI), of diffusers, or nunchaku's.
 Naming = Literal["official", "diffusers", "nunchaku"]
@@ -18,45 +22,98 @@ DEFAULT_RANK = 32
 PLAIN = {KEPT: "BF16", "fp16": "F16"}
 
 
+class Quantize(Protocol):
+    def __call__(
+        self, weight: Tensor, parts: int, rank: int, *, inputs: Inputs | None = None, learned_rounding: bool = False
+    ) -> dict[str, Tensor]:
+        """A layer's tensors by suffix. weight: (rows, columns), `parts` matrices stacked. inputs: what it is fed with.
+
+        learned_rounding: for formats that can, where there are inputs.
+        """
+
+
 @dataclass(frozen=True)
 class Target:
-    """A packed format. quantize(weight (rows, columns), matrices stacked in it, rank) -> a layer's tensors by suffix.
+    """A packed format.
 
     columns: what the columns must be a multiple of. rows: the same. gguf: the GGUF type, "" for safetensors.
+    bytes: of a matrix (rows, columns), all tensors; None where nobody has to know before.
     """
 
     naming: Naming
-    quantize: Callable[[Tensor, int, int], dict[str, Tensor]]
+    quantize: Quantize
     suffixes: frozenset[str]
     rows: int = 1
     columns: int = 1
     gguf: str = ""
     has_rank: bool = False
+    has_learned_rounding: bool = False
+    bytes: Callable[[int, int], int] | None = None
 
 
 def targets() -> Mapping[str, Target]:
     """Every packed format by its name in recipes."""
     from shared.quant.formats import comfy_int8, fp8_plain, fp8_scaled, gguf, mxfp8, nvfp4, quanto_int8, svdq
 
-    def to_gguf(kind: str) -> Target:
+    def plain(quantize: Callable[[Tensor], dict[str, Tensor]]) -> Quantize:
+        """Of a format that looks at nothing but the weight."""
+
+        def of_weight(
+            weight: Tensor, parts: int, rank: int, *, inputs: Inputs | None = None, learned_rounding: bool = False
+        ) -> dict[str, Tensor]:
+            return quantize(weight)
+
+        return of_weight
+
+    def to_svdq(kind: Kind) -> Target:
+        def quantize(
+            weight: Tensor, parts: int, rank: int, *, inputs: Inputs | None = None, learned_rounding: bool = False
+        ) -> dict[str, Tensor]:
+            return svdq.quantize(
+                weight, kind=kind, rank=rank, parts=parts, inputs=inputs, learned_rounding=learned_rounding
+            )
+
         return Target(
-            "official", lambda w, _parts, _rank: gguf.quantize(w, type=kind), gguf.SUFFIXES, columns=32, gguf=kind
+            "nunchaku", quantize, svdq.SUFFIXES, rows=128, columns=128, has_rank=True, has_learned_rounding=True
         )
 
+    def to_gguf(kind: str) -> Target:
+        block, block_bytes = gguf.BLOCKS[kind]
+        return Target(
+            "official", plain(partial(gguf.quantize, type=kind)), gguf.SUFFIXES, columns=32, gguf=kind,
+            bytes=lambda rows, columns: rows * columns // block * block_bytes,
+        )  # fmt: skip
+
     return {
-        "int8": Target("diffusers", lambda w, _parts, _rank: quanto_int8.quantize(w), quanto_int8.SUFFIXES),
-        "int8_comfy": Target("official", lambda w, _parts, _rank: comfy_int8.quantize(w), comfy_int8.SUFFIXES),
-        "fp8": Target("official", lambda w, _parts, _rank: fp8_plain.quantize(w), fp8_plain.SUFFIXES),
-        "fp8_scaled": Target("official", lambda w, _parts, _rank: fp8_scaled.quantize(w), fp8_scaled.SUFFIXES),
-        "mxfp8": Target("official", lambda w, _parts, _rank: mxfp8.quantize(w), mxfp8.SUFFIXES),
-        "nvfp4": Target("official", lambda w, _parts, _rank: nvfp4.quantize(w), nvfp4.SUFFIXES),
-        "svdq_int4": Target(
-            "nunchaku", lambda w, parts, rank: svdq.quantize(w, kind="int4", rank=rank, parts=parts), svdq.SUFFIXES,
-            rows=128, columns=128, has_rank=True,
-        ),
-        "svdq_fp4": Target(
-            "nunchaku", lambda w, parts, rank: svdq.quantize(w, kind="fp4", rank=rank, parts=parts), svdq.SUFFIXES,
-            rows=128, columns=128, has_rank=True,
-        ),
+        "int8": Target("diffusers", plain(quanto_int8.quantize), quanto_int8.SUFFIXES),
+        "int8_comfy": Target("official", plain(comfy_int8.quantize), comfy_int8.SUFFIXES, bytes=_int8_bytes),
+        "fp8": Target("official", plain(fp8_plain.quantize), fp8_plain.SUFFIXES),
+        "fp8_scaled": Target("official", plain(fp8_scaled.quantize), fp8_scaled.SUFFIXES),
+        "mxfp8": Target("official", plain(mxfp8.quantize), mxfp8.SUFFIXES, bytes=_mxfp8_bytes),
+        "nvfp4": Target("official", plain(nvfp4.quantize), nvfp4.SUFFIXES, bytes=_nvfp4_bytes),
+        "svdq_int4": to_svdq("int4"),
+        "svdq_fp4": to_svdq("fp4"),
         **{kind.lower(): to_gguf(kind) for kind in gguf.WRITABLE},
-    }  # fmt: skip
+    }
+
+
+# Of a layer's marker in JSON, a hundred bytes or so.
+_MARKER_BYTES = 100
+
+
+def _int8_bytes(rows: int, columns: int) -> int:
+    return rows * columns + 4 * rows + _MARKER_BYTES
+
+
+def _mxfp8_bytes(rows: int, columns: int) -> int:
+    rows, columns = _padded(rows, 32), _padded(columns, 32)
+    return rows * columns + _padded(rows, 128) * _padded(columns // 32, 4) + _MARKER_BYTES
+
+
+def _nvfp4_bytes(rows: int, columns: int) -> int:
+    rows, columns = _padded(rows, 16), _padded(columns, 16)
+    return rows * columns // 2 + _padded(rows, 128) * _padded(columns // 16, 4) + 4 + _MARKER_BYTES
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -51,6 +51,7 @@ from shared.quant.formats import Layer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shared.quant.inputs import Inputs
     from shared.quant.packing import Packed
     from shared.quant.packings.svdq import Kind
 
@@ -232,12 +233,15 @@ def quantize(
     smooth: Tensor | None = None,
     iterations: int = 5,
     parts: int = 1,
+    inputs: Inputs | None = None,
+    learned_rounding: bool = False,
 ) -> dict[str, Tensor]:
     """A file's tensors, by suffix, for `weight` (rows, columns): contiguous, on the weight's device.
 
     rank: rounded up to a multiple of 16. smooth: (columns,), positive; activations will be divided by it, so it is
-    large where they are. iterations: see svdquant.py. parts: matrices stacked in `weight`, each with its own scale in
-    fp4 (3 for to_qkv). Raises UserError for sizes that do not fit nunchaku's tiles, and for NaN.
+    large where they are. iterations, inputs, learned_rounding: see svdquant.py. parts: matrices stacked in `weight`,
+    each with its own scale in fp4 (3 for to_qkv). Raises UserError for sizes that do not fit nunchaku's tiles, and for
+    NaN.
     """
     from shared.quant.packing import Packed
     from shared.quant.packings.svdq import Svdq
@@ -261,6 +265,8 @@ def quantize(
         smooth=smooth,
         iterations=iterations,
         parts=parts,
+        inputs=inputs,
+        learned_rounding=learned_rounding,
     )
     return pack(Packed(Svdq(kind), (rows, columns), tensors))
 

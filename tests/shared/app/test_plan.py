@@ -78,6 +78,27 @@ def test_loras_are_files_of_the_plan(ctx: AppContext) -> None:
     assert made.lora_strengths == (0.5,)
 
 
+def test_the_error_correction_lora_beside_a_file_comes_with_it_at_the_strength_asked_for(ctx: AppContext) -> None:
+    transformer = ctx.root / "weights" / "one" / "transformer.safetensors"
+    beside = transformer.with_name("transformer_lora.safetensors")
+    write_weights(beside, "diffusion_model.layers.0.attention.out.lora_up.weight")
+    lora = write_weights(ctx.root / "lora_root" / "fake" / "a.safetensors")
+
+    assert plan(ctx).paths("lora") == (beside,)
+    assert plan(ctx).lora_strengths == (1.0,)
+    both = plan(ctx, error_lora_strength=0.5, activated_loras=["a.safetensors"])
+    assert (both.paths("lora"), both.lora_strengths) == ((beside, lora), (0.5, 1.0))
+    assert plan(ctx, error_lora_strength=0).paths("lora") == ()
+    assert both.settings.as_record()["error_lora_strength"] == 0.5
+
+
+def test_another_lora_of_that_name_is_not_taken_for_one(ctx: AppContext) -> None:
+    transformer = ctx.root / "weights" / "one" / "transformer.safetensors"
+    write_weights(transformer.with_name("transformer_lora.safetensors"), "diffusion_model.layers.0.alpha")
+
+    assert plan(ctx).paths("lora") == ()
+
+
 def test_a_lora_address_that_was_downloaded_by_hand_is_found_in_the_lora_folder(ctx: AppContext) -> None:
     lora = write_weights(ctx.root / "lora_root" / "fake" / "remote.safetensors")
 

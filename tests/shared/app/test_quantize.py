@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import models
-from models.z_image.loader import to_diffusers
+from models.z_image import lora
+from models.z_image.loader import load_transformer, to_diffusers
 from models.z_image.transformer import ZImageTransformer
 from shared.app.context import AppContext
 from shared.app.families import load_families
@@ -99,7 +101,7 @@ def test_without_a_preset_nothing_but_file_and_report_is_written(ctx: AppContext
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--format", "int9", "--output", "o.safetensors"), r"^int9: .* Known are bf16, .*svdq_int4"),
+        (("--format", "int9", "--output", "o.safetensors"), r"^int9: .* Known are auto, bf16, .*svdq_int4"),
         (("--format", "int8", "--output", "o.txt"), r"o\.txt: a name that ends in \.safetensors or \.gguf"),
         (("--format", "int8", "--output", "o.gguf"), r"int8 cannot be written into a GGUF file"),
         (("--format", "q8_0", "--output", "o.safetensors"), r"q8_0 cannot be written into a safetensors file"),
@@ -136,3 +138,170 @@ def test_what_is_no_transformer_is_called_by_its_name(ctx: AppContext) -> None:
     path.write_bytes(b"\0" * 7)
     with pytest.raises(CheckpointError, match="too short"):
         run(ctx, "--format", "int8", "--output", str(ctx.root / "o.safetensors"))
+
+
+def lora_beside(ctx: AppContext, name: str, seed: int) -> tuple[Path, torch.Tensor]:
+    """A LoRA for a part of a fused linear, and the difference it makes to that part's weight."""
+    generator = torch.Generator().manual_seed(seed)
+    down, up = torch.randn(4, 384, generator=generator) * 0.2, torch.randn(384, 4, generator=generator) * 0.2
+    path = ctx.root / name
+    key = "transformer.layers.1.attention.to_v"
+    save_file({f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}, path)
+    return path, up @ down
+
+
+def test_merged_loras_are_in_the_weights_before_they_are_rounded(
+    ctx: AppContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (one, one_delta), (two, two_delta) = lora_beside(ctx, "one.safetensors", 1), lora_beside(ctx, "two.safetensors", 2)
+    plain, merged = ctx.root / "plain.safetensors", ctx.root / "merged.safetensors"
+    run(ctx, "--format", "bf16", "--no-preset", "--output", str(plain))
+    capsys.readouterr()
+
+    flags = ("--merge-lora", f"{one}:0.5", "--merge-lora", str(two))
+    run(ctx, "--format", "bf16", *flags, "--no-preset", "--output", str(merged))
+
+    said = capsys.readouterr().out
+    assert "one.safetensors: 2 of 2 keys matched" in said
+    before, after = Checkpoint.open(plain).load(), Checkpoint.open(merged).load()
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed == ["layers.1.attention.qkv.weight"]
+    expected = before[changed[0]].float()
+    expected[768:] += 0.5 * one_delta + two_delta
+    # Added up in another order, a sum may round to the next bfloat16.
+    torch.testing.assert_close(after[changed[0]].float(), expected, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize(("format", "suffix"), [("nvfp4", ".safetensors"), ("svdq_int4", ".safetensors")])
+def test_merging_reaches_packed_layers_of_every_naming(ctx: AppContext, format: str, suffix: str) -> None:
+    path, delta = lora_beside(ctx, "lora.safetensors", 1)
+    only = ("--keep", r"(?!layers\.1\.attention\.qkv).*", "--no-preset")
+    output = ctx.root / f"out{suffix}"
+
+    run(ctx, "--format", format, *only, "--merge-lora", str(path), "--output", str(output))
+
+    source = load_transformer(ctx.root / "ckpts" / "mine.safetensors", torch.float32)
+    expected = source.get_submodule("layers.1.attention.qkv").weight.clone()
+    expected[768:] += delta
+    found = load_transformer(output, torch.float32).get_submodule("layers.1.attention.qkv").dequantize()
+    assert float((found - expected).norm() / expected.norm()) < 0.12
+
+
+def test_a_lora_that_matches_nothing_is_refused_and_nothing_is_written(ctx: AppContext) -> None:
+    path = ctx.root / "other.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 4)}, path)
+    before = sorted(ctx.root.rglob("*"))
+
+    with pytest.raises(UserError, match=r"other\.safetensors: 0 of its 1 keys"):
+        run(ctx, "--format", "int8", "--merge-lora", str(path), "--output", str(ctx.root / "o.safetensors"))
+    with pytest.raises(UserError, match=r"--merge-lora .*nowhere\.safetensors: there is no such file"):
+        run(ctx, "--format", "int8", "--merge-lora", "nowhere.safetensors", "--output", str(ctx.root / "o.safetensors"))
+
+    assert sorted(ctx.root.rglob("*")) == before
+
+
+def test_merging_into_packed_layers_is_said(ctx: AppContext, capsys: pytest.CaptureFixture[str]) -> None:
+    path, _ = lora_beside(ctx, "lora.safetensors", 1)
+    run(ctx, "--format", "mxfp8", "--no-preset", "--output", str(ctx.root / "mxfp8.safetensors"))
+    parser = build_parser(FAMILIES, "lora_root")
+    flags = ["--format", "bf16", "--no-preset", "--merge-lora", str(path), "--output", str(ctx.root / "o.safetensors")]
+    capsys.readouterr()
+
+    quantize(ctx, parse_arguments(parser, ["quantize", str(ctx.root / "mxfp8.safetensors"), *flags]))
+
+    assert "layers of mxfp8.safetensors are packed already" in capsys.readouterr().out
+
+
+# Formats of each naming; the name that the LoRA has for w3 there, and for v.
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [("nvfp4", "layers.0.attention.qkv"), ("svdq_int4", "layers.0.feed_forward.w3"),
+     ("int8", "layers.0.attention.to_v"), ("q4_0", "layers.0.attention.qkv")],
+)  # fmt: skip
+def test_the_error_correction_lora_brings_the_weights_nearer(ctx: AppContext, format: str, name: str) -> None:
+    output = ctx.root / ("out.gguf" if format.startswith("q") else "out.safetensors")
+
+    run(ctx, "--format", format, "--error-lora", "64", "--no-preset", "--output", str(output))
+
+    beside = Checkpoint.open(output.with_name("out_lora.safetensors"))
+    assert {f"diffusion_model.{name}.lora_{part}.weight" for part in ("up", "down")} <= beside.tensors.keys()
+    assert {info.dtype for info in beside.tensors.values()} == {"F32"}
+    report = json.loads(Path(f"{output}.report.json").read_text())
+    layers = [layer for layer in report["every_layer"] if layer["format"] == format]
+    assert layers and all(layer["corrected_error"] < 0.95 * layer["relative_error"] for layer in layers)
+    # What the report says holds for the model as it is loaded, all names found.
+    source = load_transformer(ctx.root / "ckpts" / "mine.safetensors", torch.float32)
+    packed = load_transformer(output, torch.float32)
+    file = lora.read(beside.path)
+    shapes = {f"{n}.weight": tuple(m.weight.shape) for n, m in source.named_modules() if hasattr(m, "weight")}
+    assert lora.match(file, shapes).unmatched == ()
+    for parameter, delta in lora.deltas(file, 1.0, shapes, source.get_parameter):
+        module, weight = parameter.removesuffix(".weight"), source.get_parameter(parameter)
+        found = packed.get_submodule(module).dequantize()
+        assert (found + delta - weight).norm() < 0.95 * (found - weight).norm(), module
+
+
+def test_an_error_correction_lora_of_an_older_file_is_not_left_beside_a_new_one(ctx: AppContext) -> None:
+    output = str(ctx.root / "out.safetensors")
+    run(ctx, "--format", "nvfp4", "--error-lora", "8", "--no-preset", "--output", output)
+
+    with pytest.raises(
+        UserError, match=r"out_lora\.safetensors corrects the errors of the file that is to be replaced"
+    ):
+        run(ctx, "--format", "mxfp8", "--no-preset", "--overwrite", "--output", output)
+    assert run(ctx, "--format", "mxfp8", "--error-lora", "4", "--no-preset", "--overwrite", "--output", output) == 0
+
+    with pytest.raises(UserError, match="no layer is packed"):
+        run(ctx, "--format", "bf16", "--error-lora", "8", "--no-preset", "--output", str(ctx.root / "o.safetensors"))
+
+
+def source_bytes(ctx: AppContext) -> int:
+    return (ctx.root / "ckpts" / "mine.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(("share", "suffix"), [(0.42, ".safetensors"), (0.45, ".gguf")])
+def test_auto_fills_the_size_it_is_given_and_says_why(
+    ctx: AppContext, share: float, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = round(share * source_bytes(ctx))
+    output = ctx.root / f"auto{suffix}"
+
+    run(ctx, "--recipe", "auto", "--target-size", f"{size}B", "--no-preset", "--output", str(output))
+
+    assert 0.97 * size < output.stat().st_size <= size
+    assert re.search(r"error 0\.\d+ -> 0\.\d+, excess kurtosis", capsys.readouterr().out)
+    report = json.loads(Path(f"{output}.report.json").read_text())
+    assert report["expected_bytes"] == pytest.approx(output.stat().st_size, rel=0.01)
+    assert len(set(report["layers"])) >= 3
+    # The recipe that was found makes the same file again.
+    again = ctx.root / f"again{suffix}"
+    run(ctx, "--recipe", f"{output}.recipe.json", "--no-preset", "--output", str(again))
+    assert again.read_bytes() == output.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--recipe", "auto"), "leaves formats open, which takes a size"),
+        (("--recipe", "auto", "--target-size", "1MB"), r"1\.0 MB is too small; the smallest file .* takes \d+\.\d MB"),
+        (("--format", "int8", "--target-size", "9MB"), "leaves no format open"),
+        (("--format", "svdq_int4", "--learned-rounding"), "Add --calibrate"),
+        (("--format", "int8", "--calibrate", "1", "--learned-rounding"), "none of the formats here offers it"),
+        (("--format", "int8", "--prompts", "prompts.txt"), "--prompts are for the pictures of --calibrate"),
+        (("--format", "int8", "--calibrate", "-1"), "--calibrate -1"),
+        (("--format", "int8", "--error-lora", "-1"), "--error-lora -1"),
+        (("--format", "int8", "--calibrate", "1"), r"draws with the preset mine, whose .* is not on this machine"),
+    ],
+)  # fmt: skip
+def test_what_calibration_and_auto_cannot_do_is_said_before_anything_is_written(
+    ctx: AppContext, arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ctx.root)
+    Path("prompts.txt").write_text("a fox\n")
+    before = sorted(ctx.root.rglob("*"))
+
+    with pytest.raises(UserError, match=message):
+        run(ctx, *arguments, "--output", "o.safetensors")
+
+    assert sorted(ctx.root.rglob("*")) == before

@@ -225,12 +225,12 @@ def test_what_is_written_is_read_back_near_the_weight(
 
 
 def test_the_branch_found_is_nearly_the_best_there_is() -> None:
-    from shared.quant.svdquant import _largest_directions
+    from shared.quant.svdquant import largest_directions
 
     weight = torch.randn(384, 512, generator=torch.Generator().manual_seed(0))
     lost = torch.linalg.svdvals(weight)[32:].square().sum().sqrt()
 
-    up, down, _ = _largest_directions(weight, 32, None)
+    up, down, _ = largest_directions(weight, 32, None)
 
     assert (weight - up @ down).norm() < 1.005 * lost
 
