@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from shared.app.device import BF16_CAPABILITY, GIB, DeviceInfo
 from shared.app.memory import MIB, estimate_memory
 from shared.app.offload import WORKING_MIB, automatic_profile
-from shared.app.plan import DTYPE_BYTES, VAE_DTYPE, PlannedFile, find_files
-from shared.app.presets import Preset, choose_files
+from shared.app.plan import DTYPE_BYTES, VAE_DTYPE, PlannedFile, find_files, wanted_files
+from shared.app.presets import Preset
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _rank(verdict: Verdict) -> tuple[float, ...]:
 def _judge(
     ctx: AppContext, preset: Preset, device: DeviceInfo, dtype: str, ram: int | None, expanding: Collection[str]
 ) -> Verdict:
-    files = find_files(ctx, choose_files(preset, device=device))
+    files = find_files(ctx, wanted_files(ctx, preset, device))
     transformer = next(file for file in files if file.role == "transformer")
     found = format_of_name(transformer.url)
     refusal, weights = "", None

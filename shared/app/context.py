@@ -30,7 +30,16 @@ DEFAULT_OUTPUT_FOLDER = "outputs"
 DEFAULT_SETTINGS_FOLDER = "settings"
 
 # Keys of wgp_config.json that are ours; all others belong to Wan2GP and are kept as they are.
-CONFIG_KEYS = ("last_model_type", "checkpoints_paths", "save_path", "profile", "attention", "compute")
+CONFIG_KEYS = (
+    "last_model_type",
+    "checkpoints_paths",
+    "save_path",
+    "profile",
+    "attention",
+    "compute",
+    "transformer_quantization",
+    "text_encoder_quantization",
+)
 
 
 def default_root() -> Path:

@@ -1,4 +1,11 @@
-"""Where weights files are: found on this machine first, downloaded into the first root when missing."""
+"""Where weights files are: found on this machine first, downloaded into the first root when missing.
+
+Files are found by their names, as in Wan2GP, so that its folders and ComfyUI's can be used. Repositories share names,
+though (`z_image_turbo_nvfp4.safetensors` is two different files), so the origin of every download is remembered in
+.cache/origins.json: a file that is known to come from elsewhere is never taken for another, and the other one is
+downloaded into a folder of its repository's name. A file that somebody else put there has no known origin; it is taken
+by its name, and `locate` says so.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +17,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import urlsplit
 
 from shared.app.hub import (
@@ -50,6 +59,14 @@ def default_hub_cache() -> Path:
     return Path(home).expanduser() / "hub"
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a file is on this machine (None: nowhere), and what is to be known about that choice, "" for nothing."""
+
+    path: Path | None
+    note: str = ""
+
+
 class FileStore:
     """Finds the files that presets name, and downloads those that are missing.
 
@@ -74,28 +91,40 @@ class FileStore:
         self.endpoint = endpoint or hub_endpoint()
         self._listings = {root: _Listing(root) for root in self.roots}
         self._hashes = _HashCache(program_folder / ".cache" / "sha256.json")
+        self._origins = _Remembered(program_folder / ".cache" / "origins.json")
 
     def find(self, url_or_path: str, *, subfolder: str = "") -> Path | None:
-        """The file on this machine, or None. Uses no network.
+        """The file on this machine, or None; see `locate`."""
+        return self.locate(url_or_path, subfolder=subfolder).path
+
+    def locate(self, url_or_path: str, *, subfolder: str = "") -> Located:
+        """The file on this machine, and how sure that is. Uses no network.
 
         url_or_path: a Hub address, "file:" and a path inside the program folder, or a path: absolute, or
         relative to a root. subfolder: where below the first root a download would go; looked at first.
         """
         if url_or_path.startswith("file:"):
-            return _existing(self._program_file(url_or_path))
+            return Located(_existing(self._program_file(url_or_path)))
         if not _is_url(url_or_path):
-            return self._find_path(url_or_path, subfolder)
+            return Located(self._find_path(url_or_path, subfolder))
         file = parse_hub_url(url_or_path, self.endpoint)
         if file is None:
-            return self._find_named(_name_in(url_or_path), subfolder)
-        return self._find_named(file.name, subfolder, file) or self._find_in_hub_cache(file)
+            return Located(self._find_named(_name_in(url_or_path), subfolder))
+        others: list[str] = []
+        if found := self._find_named(file.name, subfolder, file, others):
+            known = self._origin(found) or _repository_place(file).parts[0] in found.parts
+            return Located(found, "" if known else "taken by its name: nothing here says where it is from")
+        return Located(self._find_in_hub_cache(file), "; ".join(dict.fromkeys(others)))
 
     def target(self, url: str, *, subfolder: str = "") -> Path:
         """Where a download of this address goes (and where to put the file by hand)."""
         file = parse_hub_url(url, self.endpoint)
         if file is not None and not subfolder and _is_generic(file.name):
             return self.roots[0] / _repository_place(file)
-        return self.roots[0] / _checked(subfolder) / (file.name if file else _name_in(url))
+        place = self.roots[0] / _checked(subfolder) / (file.name if file else _name_in(url))
+        if file is not None and self._is_another(place, file):
+            return self.roots[0] / _repository_place(file)
+        return place
 
     def ensure(
         self,
@@ -120,6 +149,7 @@ class FileStore:
                     file, target, endpoint=self.endpoint, on_progress=on_progress, should_stop=should_stop
                 )
                 self._hashes.put(target, sha256)
+                self._origins.put(target, _origin_of(file))
         return target
 
     def sha256(self, path: Path) -> str:
@@ -141,11 +171,23 @@ class FileStore:
                 return found
         return self._find_named(local.name, subfolder) if local.name == path else None
 
-    def _find_named(self, name: str, subfolder: str, file: HubFile | None = None) -> Path | None:
+    def _find_named(
+        self, name: str, subfolder: str, file: HubFile | None = None, others: list[str] | None = None
+    ) -> Path | None:
         """A file by its name: in the subfolder, at the top, then anywhere below a root.
 
-        A generic name counts only in the subfolder or in a folder of its repository's name.
+        A generic name counts only in the subfolder or in a folder of its repository's name. A file that is known to
+        be another one does not count; `others` gets a sentence on it.
         """
+
+        def is_it(path: Path) -> bool:
+            if file is None or not self._is_another(path, file):
+                return True
+            if others is not None:
+                repository, *_ = self._origin(path) or [""]
+                others.append(f"{path} has the same name, but is from {repository}")
+            return False
+
         generic = _is_generic(name)
         places = [_checked(subfolder) / name] if subfolder or not generic else []
         if generic and file is not None:
@@ -154,13 +196,25 @@ class FileStore:
             places.append(Path(name))
         for root in self.roots:
             for place in places:
-                if found := _whole_file(root / place):
+                if (found := _whole_file(root / place)) and is_it(found):
                     return found
         for root in self.roots if not generic else ():
-            if hits := [hit for hit in self._listings[root].named(name) if _whole_file(hit)]:
+            seen = {root / place for place in places}
+            hits = [hit for hit in self._listings[root].named(name) if hit not in seen and _whole_file(hit)]
+            if hits := [hit for hit in hits if is_it(hit)]:
                 like = file.path if file else name
                 return max(hits, key=lambda hit: (_common_end(hit, like), -len(hit.parts)))
         return None
+
+    def _origin(self, path: Path) -> list[str] | None:
+        """Repository, revision and path that a file was downloaded from; None for one that came otherwise."""
+        found = self._origins.get(path)
+        return found if isinstance(found, list) and len(found) == 3 else None
+
+    def _is_another(self, path: Path, file: HubFile) -> bool:
+        """Whether a file is known to be a different one than the Hub's."""
+        origin = self._origin(path)
+        return origin is not None and origin != _origin_of(file)
 
     def _find_in_hub_cache(self, file: HubFile) -> Path | None:
         """Look into the cache by its documented layout: refs/<branch> names a snapshot of links to files."""
@@ -245,43 +299,63 @@ class _Listing:
         self._listed = time.monotonic()
 
 
-class _HashCache:
-    """SHA-256 by path, size and time of change, kept in a JSON file of the program folder."""
+class _Remembered:
+    """A value for a file, by its path, size and time of change, kept in a JSON file of the program folder."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
         self._lock = threading.Lock()
 
-    def get(self, path: Path) -> str:
+    def get(self, path: Path) -> Any:
+        """The value; None when there is none, or when the file has changed since."""
         with self._lock:
             match self._read().get(str(path.resolve())):
-                case [size, time_ns, str(digest)] if [size, time_ns] == _stamp(path):
-                    return digest
-        with path.open("rb") as file:
-            stamp, digest = _stamp(path), hashlib.file_digest(file, "sha256").hexdigest()
-        self._write(path, stamp, digest)
-        return digest
+                case [size, time_ns, value] if path.exists() and [size, time_ns] == _stamp(path):
+                    return value
+        return None
 
-    def put(self, path: Path, digest: str) -> None:
-        self._write(path, _stamp(path), digest)
-
-    def _read(self) -> dict[str, object]:
-        try:
-            known = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # only a saving of time: without it files are hashed again
-        return known if isinstance(known, dict) else {}
-
-    def _write(self, path: Path, stamp: list[int], digest: str) -> None:
+    def put(self, path: Path, value: Any, stamp: list[int] | None = None) -> None:
+        """Remember a JSON-able value. stamp: of the file as it was when the value was true (None: now)."""
         with self._lock:
-            known = self._read() | {str(path.resolve()): [*stamp, digest]}
+            known = self._read() | {str(path.resolve()): [*(stamp or _stamp(path)), value]}
             fresh = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
             try:
                 self._file.parent.mkdir(parents=True, exist_ok=True)
                 fresh.write_text(json.dumps(known, indent=1), encoding="utf-8")
                 os.replace(fresh, self._file)
             except OSError:
-                return  # a read-only program folder: hashed again next time
+                return  # a read-only program folder: then it is not known next time
+
+    def _read(self) -> dict[str, object]:
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
+
+
+class _HashCache:
+    """SHA-256 of files; forgetting one costs only time."""
+
+    def __init__(self, file: Path) -> None:
+        self._known = _Remembered(file)
+
+    def get(self, path: Path) -> str:
+        match self._known.get(path):
+            case str(digest):
+                return digest
+        with path.open("rb") as file:
+            stamp, digest = _stamp(path), hashlib.file_digest(file, "sha256").hexdigest()
+        self._known.put(path, digest, stamp)
+        return digest
+
+    def put(self, path: Path, digest: str) -> None:
+        self._known.put(path, digest)
+
+
+def _origin_of(file: HubFile) -> list[str]:
+    """What is remembered of a download."""
+    return [file.repo_id, file.revision, file.path]
 
 
 def _stamp(path: Path) -> list[int]:

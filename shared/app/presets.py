@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 # Which alternative a preference takes, in order; tokens are looked for in the lower-cased file name.
 _PREFERENCE_TOKENS = {"int8": ("int8", "fp8"), "fp8": ("fp8", "int8")}
+# What can be asked for where a preset has alternatives of a file; "bf16" takes the first, the plain one.
+QUANTIZATIONS = ("bf16", *_PREFERENCE_TOKENS)
 _COMPARE = {
     "<": operator.lt,
     "<=": operator.le,

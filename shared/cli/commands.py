@@ -143,10 +143,9 @@ def preset_dict(ctx: AppContext, preset: Preset) -> dict[str, Any]:
 
 def missing_files(ctx: AppContext, preset: Preset) -> list[PlannedFile]:
     """The files the preset needs that are not on this machine."""
-    from shared.app.plan import find_files
-    from shared.app.presets import choose_files
+    from shared.app.plan import find_files, wanted_files
 
-    return [file for file in find_files(ctx, choose_files(preset)) if file.path is None]
+    return [file for file in find_files(ctx, wanted_files(ctx, preset)) if file.path is None]
 
 
 def missing_words(file: PlannedFile) -> str:
@@ -169,6 +168,7 @@ def plan_text(plan: GenerationPlan, output: str, count: int) -> str:
     for file in plan.files:
         where = f"{file.path} ({file_size(file.bytes or 0)})" if file.path else f"{missing_words(file)}: {file.url}"
         lines.append(f"  {file.role:<13} {where}")
+        lines += [f"  {'':<13} ({file.note})"] if file.note else []
     device = plan.machine.device
     choices = {
         "device": f"{device.kind}, {device.name} ({device.reason})",

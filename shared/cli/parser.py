@@ -120,6 +120,14 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         default="",
         help="auto, sdpa, sage, sage2, flash or xformers (default: from the preset or config, else auto)",
     )
+    for part in ("transformer", "text-encoder"):
+        machine.add_argument(
+            f"--{part}-quantization",
+            metavar="KIND",
+            default="",
+            help=f"bf16, int8 or fp8: which file of the {part.replace('-', ' ')} to take where the preset has several "
+            "(default: from the config, else the first)",
+        )
     machine.add_argument(
         "--compute",
         metavar="KIND",

@@ -14,8 +14,8 @@ import gradio as gr
 
 from shared.app.context import DEFAULT_PRESET
 from shared.app.metadata import read_record
-from shared.app.plan import find_files
-from shared.app.presets import Preset, choose_files
+from shared.app.plan import find_files, wanted_files
+from shared.app.presets import Preset
 from shared.app.session import Downloading, Event, GenerationResult, ImageDone, StepDone
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError
@@ -251,7 +251,7 @@ class Page:
             values, unread = self._defaults(preset)
             problems += unread
         fields = fields_for(preset, values, find_loras(self.ctx.lora_folder(preset)))
-        missing = sum(file.path is None for file in find_files(self.ctx, choose_files(preset)))
+        missing = sum(file.path is None for file in find_files(self.ctx, wanted_files(self.ctx, preset)))
         note = preset_note(preset.description, missing_files=missing, problems=problems)
         return {
             self.compose.preset_note: note,

@@ -15,7 +15,7 @@ import pytest
 
 from shared.app import download as download_module
 from shared.app import hub as hub_module
-from shared.app.download import DownloadCancelled, DownloadProgress, FileStore, default_hub_cache
+from shared.app.download import DownloadCancelled, DownloadProgress, FileStore, Located, default_hub_cache
 from shared.quant.errors import RunError, UserError
 from tests.support.hub_server import HubServer, StoredFile, serve
 
@@ -239,6 +239,65 @@ def test_downloads_go_where_they_are_found_again(
     assert files.ensure(f"{HUB}/{path}", subfolder=subfolder) == store.roots[0] / place
     assert files.target(f"{HUB}/{path}", subfolder=subfolder) == store.roots[0] / place
     assert files.find(f"{HUB}/{path}", subfolder=subfolder) == store.roots[0] / place
+
+
+OTHER = "else/Z-Image-NVFP4"
+OTHER_HUB = f"https://huggingface.co/{OTHER}/resolve/main"
+OTHER_WEIGHTS = WEIGHTS[::-1]
+
+
+def test_two_repositories_may_share_a_name(store: FileStore, hub: HubServer) -> None:
+    hub.repos[OTHER] = {"w.safetensors": StoredFile(OTHER_WEIGHTS)}
+    files = online(store, hub)
+
+    first = files.ensure(f"{HUB}/w.safetensors")
+    assert files.locate(f"{HUB}/w.safetensors") == Located(first)
+    missing = files.locate(f"{OTHER_HUB}/w.safetensors")
+    assert missing.path is None
+    assert missing.note == f"{first} has the same name, but is from {REPO}"
+
+    second = files.ensure(f"{OTHER_HUB}/w.safetensors")
+
+    assert (first.read_bytes(), second.read_bytes()) == (WEIGHTS, OTHER_WEIGHTS)
+    assert second == store.roots[0] / "Z-Image-NVFP4" / "w.safetensors"
+    again = online(store, hub)  # another run
+    assert again.find(f"{HUB}/w.safetensors") == first
+    assert again.find(f"{OTHER_HUB}/w.safetensors") == second
+
+
+def test_a_file_in_a_folder_is_passed_over_when_it_is_known_to_be_another(store: FileStore, hub: HubServer) -> None:
+    other = online(store, hub).ensure(f"{HUB}/w.safetensors")
+    right = put(store.roots[1] / "diffusion_models" / "w.safetensors")
+
+    assert online(store, hub).find(f"{OTHER_HUB}/w.safetensors") == right != other
+
+
+def test_a_file_of_unknown_origin_is_taken_by_its_name_and_said_to_be(store: FileStore) -> None:
+    here = put(store.roots[0] / "w.safetensors")
+
+    assert store.locate(f"{HUB}/w.safetensors") == Located(
+        here, "taken by its name: nothing here says where it is from"
+    )
+
+
+def test_a_replaced_download_has_no_known_origin(store: FileStore, hub: HubServer) -> None:
+    files = online(store, hub)
+    here = files.ensure(f"{HUB}/w.safetensors")
+
+    here.write_bytes(b"something else")
+
+    assert files.locate(f"{OTHER_HUB}/w.safetensors").path == here
+    assert files.locate(f"{HUB}/w.safetensors").note
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"x": 1}', "{"])
+def test_a_spoiled_list_of_origins_leaves_files_found_by_name(store: FileStore, hub: HubServer, content: str) -> None:
+    files = online(store, hub)
+    here = files.ensure(f"{HUB}/w.safetensors")
+
+    (store.program_folder / ".cache" / "origins.json").write_text(content)
+
+    assert files.find(f"{OTHER_HUB}/w.safetensors") == here
 
 
 def test_hf_endpoint_names_the_server(store: FileStore, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import shutil
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from shared.app.download import Located
 from shared.app.metadata import save_image
 from shared.app.presets import Preset
 from shared.app.schema import SETTING_KEYS
@@ -107,6 +109,7 @@ class FakeContext:
         self.output_folder = folder / "outputs"
         self.output_folder.mkdir()
         self.loras = folder / "loras"
+        self.args = argparse.Namespace()
         self.start_over()
 
     def start_over(self) -> None:
@@ -114,7 +117,7 @@ class FakeContext:
         for picture in self.output_folder.iterdir():
             shutil.rmtree(picture) if picture.is_dir() else picture.unlink()
         self.config: dict[str, Any] = {}
-        self.files = SimpleNamespace(find=lambda url, **_: Path(url.removeprefix("file:")))
+        self.files = SimpleNamespace(locate=lambda url, **_: Located(Path(url.removeprefix("file:"))))
         self.session = FakeSession(self.output_folder)
         self.saved: dict[str, dict[str, Any]] = {}
         self.on_disk = [

@@ -11,6 +11,7 @@ import gradio as gr
 import pytest
 from PIL import Image
 
+from shared.app.download import Located
 from shared.quant.errors import RunError, UserError
 from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel, input_components
@@ -110,7 +111,7 @@ def test_picking_a_preset_that_was_taken_away_is_a_message(page: Page) -> None:
 
 
 def test_a_preset_whose_files_are_missing_says_so_before_the_wait(page: Page, context) -> None:
-    context.files.find = lambda url, **_: None
+    context.files.locate = lambda url, **_: Located(None)
 
     assert "download of 1 file" in page.preset_picked("z_image_demo")[page.compose.preset_note]
 
