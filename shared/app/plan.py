@@ -18,6 +18,7 @@ from shared.app.memory import MIB, MemoryEstimate, estimate_memory
 from shared.app.offload import automatic_profile, budgets_mib, find_profile
 from shared.app.presets import QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
 from shared.quant.checkpoint import SUFFIXES
+from shared.quant.error_lora import find_beside
 from shared.quant.errors import UserError
 from shared.quant.kernels import COMPUTES
 
@@ -132,7 +133,8 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
     """
     preset = preset.configured(str(settings.extra.get("config") or ""))
     files = find_files(ctx, wanted_files(ctx, preset, machine.device))
-    loras = [(choice, _find_lora(ctx, preset, choice)) for choice in (*preset.loras, *settings.loras)]
+    chosen = (*_error_lora(files, settings), *preset.loras, *settings.loras)
+    loras = [(choice, _find_lora(ctx, preset, choice)) for choice in chosen]
     rule = attention_rule(preset, machine.device.capability)
     requested = str(getattr(ctx.args, "attention", "") or ctx.config.get("attention") or "auto")
     attention = Choice(*choose_attention(requested, rule, machine.device))
@@ -280,6 +282,15 @@ def _choose_offload(
         return choice, None
     budgets = budgets_mib(profile, weights, device.total_memory)
     return choice, max(min(budgets[name] or size / MIB, size / MIB) for name, size in weights.items())
+
+
+def _error_lora(files: Sequence[PlannedFile], settings: GenerationSettings) -> tuple[LoraChoice, ...]:
+    """The error-correction LoRA that lies beside the transformer's file, unless it is turned off."""
+    transformer = next((file.path for file in files if file.role == "transformer"), None)
+    if transformer is None or not settings.error_lora_strength:
+        return ()
+    path = find_beside(transformer)
+    return () if path is None else (LoraChoice(str(path), f"{settings.error_lora_strength:g}"),)
 
 
 def _find_lora(ctx: AppContext, preset: Preset, choice: LoraChoice) -> PlannedFile:
