@@ -269,7 +269,8 @@ def _on_device(ctx: AppContext, report: Report) -> Report:
     dtype, dtype_reason = choose_dtype(device)
     dtype_name = str(dtype).removeprefix("torch.")
     kernels = tuple(kernel_choices(torch.device(device.kind), dtype, compute=choose_compute(ctx).value))
-    expanding = {kernel.packing for kernel in kernels if kernel.expands}
+    # SVDQuant's INT4 and FP4 are one packing: a card that multiplies one of them does not take the other's files.
+    expanding = {k.packing for k in kernels if k.expands} - {k.packing for k in kernels if k.kernel and not k.expands}
     return replace(
         report,
         device=DeviceFacts(

@@ -16,7 +16,7 @@ from shared.app import doctor
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
 from shared.app.doctor import Report, TorchFacts, draw_self_test, examine, nunchaku_facts
-from shared.app.kernel_report import PROBES, kernel_choices
+from shared.app.kernel_report import PROBES, KernelChoice, kernel_choices
 from shared.quant.errors import UserError
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
 
@@ -49,6 +49,28 @@ def test_a_machine_without_faults_is_usable_and_the_report_is_json(ctx: AppConte
     assert told["kernels"][0]["packing"] == "int8" and told["kernels"][0]["reason"]
     assert told["advice"]["preset"] == "z_image_demo"
     assert told["self_test"] is None
+
+
+def test_a_packing_that_some_kernel_multiplies_as_it_is_is_not_called_slow(
+    ctx: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choice(label: str, packing: str, compute: str) -> KernelChoice:
+        return KernelChoice(
+            label=label, packing=packing, kernel="k", compute=compute, refused=(), waiting=(), error=0.0, problem=""
+        )
+
+    choices = [
+        choice("SVDQuant INT4", "svdq", "native"),
+        choice("SVDQuant FP4", "svdq", "bf16"),
+        choice("NVFP4", "nvfp4", "bf16"),
+    ]
+    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: choices)
+    told: list[object] = []
+    monkeypatch.setattr(doctor, "advise", lambda *arguments: told.append(arguments[-1]))
+
+    examine(ctx)
+
+    assert told == [{"nvfp4"}]
 
 
 def test_attention_names_what_cannot_be_used_and_why(ctx: AppContext) -> None:
