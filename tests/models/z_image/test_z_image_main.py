@@ -81,6 +81,44 @@ def test_a_lora_changes_the_picture_and_leaves_when_told(processor: model_factor
     assert torch.equal(draw(processor), plain)
 
 
+@pytest.mark.parametrize("block", ["layers.0", "context_refiner.0"])
+def test_a_strength_may_change_at_every_step_also_for_the_captions(
+    processor: model_factory, tmp_path: Path, block: str
+) -> None:
+    base = f"transformer.{block}.feed_forward.w2"
+    state = {f"{base}.lora_A.weight": torch.randn(8, 1024), f"{base}.lora_B.weight": torch.randn(384, 8)}
+    save_file(state, tmp_path / "l.safetensors")
+
+    def steps() -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        draw(processor, callback=lambda i, latents, *_: None if latents is None else seen.append(latents.clone()))
+        return seen
+
+    plain = steps()
+    processor.load_loras([tmp_path / "l.safetensors"], [((0,), (1,))])
+    changed, again = steps(), steps()
+    processor.load_loras([], [])
+
+    # Of three steps the first phase has two.
+    assert [torch.equal(a, b) for a, b in zip(plain, changed, strict=True)] == [True, True, False]
+    assert all(torch.equal(a, b) for a, b in zip(changed, again, strict=True))
+
+
+def test_a_lora_on_the_text_encoder_encodes_the_prompt_anew(processor: model_factory, tmp_path: Path) -> None:
+    base = "lora_te_model_layers_0_self_attn_q_proj"
+    state = {f"{base}.lora_down.weight": torch.randn(8, 64), f"{base}.lora_up.weight": torch.randn(64, 8)}
+    save_file(state, tmp_path / "l.safetensors")
+    plain = draw(processor)
+
+    (match,) = processor.load_loras([tmp_path / "l.safetensors"], [1.0])
+    changed = draw(processor)
+    processor.load_loras([], [])
+
+    assert (match.matched, match.total) == (2, 2)
+    assert not torch.equal(plain, changed)
+    assert torch.equal(draw(processor), plain)
+
+
 def test_missing_parts_are_asked_for_by_role(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
