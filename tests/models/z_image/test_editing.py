@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from models.z_image.control_config import ControlConfig
 from models.z_image.editing import ControlPicture, PictureStart, cells_to_repaint, conditions_from_host, part_to_run
+from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
 from models.z_image.noise import noise
 from models.z_image.pipeline import ZImagePipeline
 from models.z_image.request import GenerateRequest
@@ -160,6 +161,24 @@ def test_latents_of_the_kept_region_end_on_the_pictures_own(pipeline: Any) -> No
     known = pipeline.pipeline.encode_pictures(a_picture()[None])
     kept = ~cells_to_repaint(a_mask()).expand(1, 16, -1, -1)
     torch.testing.assert_close(ended[kept], known[kept], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        pytest.param({"guidance": ClassifierFreeGuidance(scale=2.0)}, id="cfg"),
+        pytest.param({"nag": NormalizedAttentionGuidance(scale=3.0)}, id="nag"),
+    ],
+)
+def test_control_goes_with_guidance_and_batches(pipeline: Any, guided: dict[str, Any]) -> None:
+    control = ControlPicture(channels=33, picture=a_picture(2), weight=0.8)
+    asked = replace(request(**guided), negative_prompt="a very long list of what should not be seen here", steps=2)
+
+    together = latents_of(pipeline.pipeline, replace(asked, seeds=(4, 5), control=control))
+    alone = latents_of(pipeline.pipeline, replace(asked, control=control))
+
+    assert relative_error(together[1:], alone) <= 1e-4
+    assert relative_error(alone, latents_of(pipeline.pipeline, asked)) > 0.01
 
 
 def test_a_control_window_counts_steps(pipeline: Any) -> None:
