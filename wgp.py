@@ -82,6 +82,10 @@ def run(args: argparse.Namespace) -> int:
         from shared.cli.quantize import quantize
 
         return quantize(ctx, args)
+    if args.command == "compare":
+        from shared.cli.compare import compare
+
+        return compare(ctx, args)
     if args.command == "doctor":
         return commands.doctor(ctx, args)
     print("Starting the page ...", file=sys.stderr)  # its imports take seconds

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.app.settings import loras_as_host_settings, parse_lora
+from shared.cli.compare import add_arguments as add_compare
 from shared.cli.edit import add_edit_arguments, edit_overrides
 from shared.cli.quantize import add_arguments as add_quantize
 
@@ -23,6 +24,7 @@ examples:
   wgp.py presets
   wgp.py inspect some_checkpoint.safetensors
   wgp.py quantize model.safetensors --format int8 --output model_int8.safetensors
+  wgp.py compare --formats int8,nvfp4 --output comparison
   wgp.py doctor
 """
 
@@ -37,7 +39,7 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         parents=[_common_flags(families, lora_root)],
         allow_abbrev=False,
     )
-    metavar = "generate | presets | inspect | quantize | doctor"
+    metavar = "generate | presets | inspect | quantize | compare | doctor"
     commands = parser.add_subparsers(dest="command", metavar=metavar, title="subcommands")
     common = _after_subcommand(_common_flags(families, lora_root))
     for name, help_text, add_arguments in (
@@ -45,6 +47,7 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         ("presets", "list the models that can be chosen", _add_presets),
         ("inspect", "say what a weights file is, from its tensors", _add_inspect),
         ("quantize", "convert a model into another format", add_quantize),
+        ("compare", "draw with a model in many formats, and tell how much each loses", add_compare),
         ("doctor", "say what this machine can do, what is wrong, and which model to use", _add_doctor),
     ):
         add_arguments(commands.add_parser(name, help=help_text, parents=[common], allow_abbrev=False))

@@ -1,0 +1,187 @@
+"""`compare` on the embedded demo: every format's pictures beside the reference's, and what a LoRA changes in each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import models
+from shared.app.compare import CompareRequest, Comparison, compare, format_names
+from shared.app.context import AppContext, default_root
+from shared.app.drawing import DrawJob, Drawn, Spent, draw
+from shared.app.families import load_families
+from shared.app.presets import LoraChoice
+from shared.quant.checkpoint import Checkpoint
+from shared.quant.errors import UserError
+from tests.support.fake_family import FakeHandler, fake_context, write_preset, write_weights
+
+# Six models are written and drawn with: half a minute of one core, more on a machine that has other work.
+pytestmark = pytest.mark.timeout(900)
+
+# Least correlation of what a LoRA changes with what it changes in bf16, in the latents: from there on every format has
+# the same decoder, and two steps at this size do not make pictures that it was trained on.
+LEAST = {"int8": 0.95, "mxfp8": 0.95, "nvfp4": 0.85, "svdq_int4_r32": 0.85, "q4_0": 0.85}
+PICTURES = 2
+DEMO = default_root() / "models/z_image/demo/transformer.safetensors"
+
+
+def random_lora(path: Path) -> Path:
+    """Rank 8 on attention and feed-forward of every layer, so strong that other pictures come out."""
+    generator = torch.Generator().manual_seed(3)
+    pairs = {}
+    for name, info in Checkpoint.open(DEMO).tensors.items():
+        if name.startswith("layers.") and (".to_" in name or ".feed_forward.w" in name):
+            rows, columns = info.shape
+            module = f"diffusion_model.{name.removesuffix('.weight')}"
+            pairs[f"{module}.lora_A.weight"] = torch.randn(8, columns, generator=generator) * columns**-0.5
+            pairs[f"{module}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) * 0.3
+    save_file(pairs, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    folder = tmp_path_factory.mktemp("comparison")
+    families = load_families(Path(models.__path__[0]))
+    ctx = AppContext.create(argparse.Namespace(gpu="cpu"), default_root(), families)
+    request = CompareRequest(
+        preset="z_image_demo",
+        output=folder / "out",
+        formats=tuple(LEAST),
+        count=PICTURES,
+        settings={"resolution": "128x128", "num_inference_steps": 2},
+        lora=LoraChoice(str(random_lora(folder / "lora.safetensors"))),
+    )
+    return compare(ctx, request, lambda _: None, lambda job: draw(job, ctx))
+
+
+def test_the_reference_equals_itself(comparison: Comparison) -> None:
+    row = comparison.rows[0]
+
+    assert (row.name, row.psnr, row.ssim, row.latent_error) == ("bf16", math.inf, 1.0, 0.0)
+    assert row.lora == pytest.approx(1)
+    assert row.bytes == DEMO.stat().st_size
+
+
+def test_eight_bits_stay_nearer_to_the_reference_than_four(comparison: Comparison) -> None:
+    errors = {row.name: row.latent_error for row in comparison.rows}
+
+    assert 0 < errors["int8"] < errors["mxfp8"] < min(errors[name] for name in ("nvfp4", "svdq_int4_r32", "q4_0"))
+
+
+def test_a_lora_changes_the_latents_alike_in_every_format(comparison: Comparison) -> None:
+    found = {row.name: row.lora_latents for row in comparison.rows if row.name in LEAST}
+
+    assert found.keys() == LEAST.keys()
+    assert all(alike is not None and alike >= LEAST[name] for name, alike in found.items()), found
+
+
+def test_a_lora_changes_the_picture_alike_in_eight_bits(comparison: Comparison) -> None:
+    found = {row.name: row.lora for row in comparison.rows if row.name in ("int8", "mxfp8")}
+
+    assert all(alike is not None and alike >= 0.95 for alike in found.values()), found
+
+
+def test_the_demo_brings_prompts_and_verdicts_of_its_own(comparison: Comparison) -> None:
+    row = comparison.rows[0]
+
+    assert len(set(comparison.prompts)) == PICTURES
+    assert row.adherence is not None
+    assert 0 <= row.adherence <= row.kept["ground"] <= 1
+
+
+def test_report_sheet_and_pictures_are_left_in_the_folder(comparison: Comparison) -> None:
+    said = json.loads(comparison.report.read_text(encoding="utf-8"))
+
+    assert [row["name"] for row in said["rows"]] == ["bf16", *LEAST]
+    assert said["rows"][0]["psnr"] is None, "JSON has no infinity"
+    with Image.open(comparison.sheet) as sheet:
+        assert sheet.width > len(said["rows"]) * 128
+    assert len(list((comparison.report.parent / "int8").glob("*.png"))) == PICTURES
+
+
+# ------------------------------------------------------------------------- what is drawn with, without a model
+
+
+def fake_draw(job: DrawJob) -> Iterator[Drawn | Spent]:
+    """Pictures that only the prompt and the file's name decide; a file called broken is refused."""
+    if "broken" in job.file.stem:
+        raise UserError(f"{job.file}: broken.")
+    offset = sum(job.file.stem.encode()) % 5
+    for settings in job.pictures:
+        grey = sum(settings["prompt"].encode()) % 200 + offset + 20 * bool(settings.get("activated_loras"))
+        yield Drawn(np.full((32, 32, 3), grey, np.uint8), np.full((16, 4, 4), grey, np.float32), 0.5)
+    yield Spent(1.0, 100.0, 0.0)
+
+
+@pytest.fixture
+def fake_ctx(tmp_path: Path) -> AppContext:
+    write_preset(tmp_path, "small")
+    recipes = tmp_path / "models" / "fake" / "recipes"
+    recipes.mkdir(parents=True)
+    for name in ("int8", "svdq_int4"):
+        (recipes / f"{name}.json").touch()
+    return fake_context(tmp_path, FakeHandler())
+
+
+def run(ctx: AppContext, **changes: Any) -> Comparison:
+    request = {"preset": "small", "output": ctx.root / "out", "count": 3} | changes
+    return compare(ctx, CompareRequest(**request), lambda _: None, fake_draw)
+
+
+def test_a_file_that_cannot_be_drawn_with_gets_a_row_that_says_why(fake_ctx: AppContext) -> None:
+    files = [write_weights(fake_ctx.root / f"{name}.safetensors") for name in ("broken", "good")]
+
+    rows = run(fake_ctx, files=files).rows
+
+    assert [row.name for row in rows] == ["fp32", "broken", "good"]
+    assert "broken.safetensors: broken." in rows[1].problem
+    assert not rows[2].problem
+
+
+def test_prompts_of_ones_own_are_drawn_in_turn_and_not_scored(
+    fake_ctx: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "training.fake", SimpleNamespace())
+
+    result = run(fake_ctx, prompts=("one", "two"), scorer="training.fake")
+
+    assert result.prompts == ["one", "two", "one"]
+    assert result.rows[0].adherence is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"formats": ("int9",)}, r"no format int9\. Known are int8, svdq_int4_r32, .*svdq_int4_r64"),
+        ({"scorer": "training.nothing"}, r"training\.nothing cannot be imported"),
+        ({"scorer": "json"}, r"json is no scorer: it has no held_out_captions and no judge_picture"),
+        ({"settings": {"resolution": "33x32"}}, r"33 is not a multiple"),
+        ({"preset": "smal"}, r'no preset "smal"'),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_made(fake_ctx: AppContext, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(fake_ctx, **changes)
+
+    assert not (fake_ctx.root / "out").exists()
+
+
+def test_all_formats_name_each_published_rank_once() -> None:
+    names = format_names(default_root())
+
+    assert {"int8", "nvfp4_mixed", "svdq_int4_r32", "svdq_int4_r256", "svdq_fp4_r128", "q4_0"} <= set(names)
+    assert "svdq_int4" not in names
+    assert len(names) == len(set(names))
