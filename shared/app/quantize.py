@@ -27,7 +27,7 @@ from shared.quant.sensitivity import AUTO, GGUF_FORMATS, SAFETENSORS_FORMATS
 if TYPE_CHECKING:
     from shared.app.context import AppContext
     from shared.app.presets import Preset
-    from shared.quant.convert import Conversion, LayerReport, Means, OnProgress
+    from shared.quant.convert import Conversion, LayerReport, Means, Model, OnProgress
     from shared.quant.inputs import Inputs
     from shared.quant.targets import Target
 
@@ -141,26 +141,11 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
     is_auto = any(rule.format == AUTO for rule in recipe.rules)
     _check_numbers(request, is_auto)
     model = family.open_model(request.source)
-    notes = []
-    if request.merge_loras:
-        model, matches = family.merge(model, request.merge_loras)
-        notes += [f"merged {match_words(match.as_dict())}" for match in matches]
-        if packed := sum(format_of(part.layer) is not None for parts in model.plan.values() for part in parts):
-            notes.append(
-                f"{packed} layers of {request.source.name} are packed already: what they lost stays lost, "
-                "the LoRA is merged into what they hold."
-            )
+    model, notes = _merged(family, model, request)
     is_gguf = request.output.suffix.lower() == ".gguf"
     conversion = plan_conversion(model, _opened(recipe, is_gguf), known, gguf=is_gguf)
     _check_keep(request, conversion)
-    if request.rank is not None and not (conversion.has_rank and request.rank > 0):
-        raise UserError(f"--rank {request.rank}: a positive number, for SVDQ formats only.", "Leave it out.")
-    if request.learned_rounding and not any(job.target and job.target.has_learned_rounding for job in conversion.jobs):
-        raise UserError("--learned-rounding: none of the formats here offers it; SVDQ formats do.", "Leave it out.")
-    if request.error_lora_rank < 0:
-        raise UserError(f"--error-lora {request.error_lora_rank}: a positive rank, 32 for example.")
-    if request.error_lora_rank and not conversion.formats:
-        raise UserError("--error-lora: no layer is packed, so there is no error to correct.", "Leave it out.")
+    _check_flags(request, conversion)
     rank = request.rank or DEFAULT_RANK
     means = Means(rank=rank, learned_rounding=request.learned_rounding, error_lora_rank=request.error_lora_rank)
     prompts = tuple(request.prompts or family.calibration_prompts(model.config)) if request.calibrate else ()
@@ -275,6 +260,32 @@ def _check_numbers(request: QuantizeRequest, is_auto: bool) -> None:
             else f"{request.recipe} leaves no format open, so there is nothing to do for a --target-size.",
             "Add --target-size 4.8GB, for example." if is_auto else "Leave it out, or use --recipe auto.",
         )  # fmt: skip
+
+
+def _check_flags(request: QuantizeRequest, conversion: Conversion) -> None:
+    """Whether the formats have what the flags are about."""
+    if request.rank is not None and not (conversion.has_rank and request.rank > 0):
+        raise UserError(f"--rank {request.rank}: a positive number, for SVDQ formats only.", "Leave it out.")
+    if request.learned_rounding and not any(job.target and job.target.has_learned_rounding for job in conversion.jobs):
+        raise UserError("--learned-rounding: none of the formats here offers it; SVDQ formats do.", "Leave it out.")
+    if request.error_lora_rank < 0:
+        raise UserError(f"--error-lora {request.error_lora_rank}: a positive rank, 32 for example.")
+    if request.error_lora_rank and not conversion.formats:
+        raise UserError("--error-lora: no layer is packed, so there is no error to correct.", "Leave it out.")
+
+
+def _merged(family: Any, model: Model, request: QuantizeRequest) -> tuple[Model, list[str]]:
+    """The model with the LoRAs that are to be merged, and what is to be said about them."""
+    if not request.merge_loras:
+        return model, []
+    merged, matches = family.merge(model, request.merge_loras)
+    notes = [f"merged {match_words(match.as_dict())}" for match in matches]
+    if packed := sum(format_of(part.layer) is not None for parts in model.plan.values() for part in parts):
+        notes.append(
+            f"{packed} layers of {request.source.name} are packed already: what they lost stays lost, "
+            "the LoRA is merged into what they hold."
+        )
+    return merged, notes
 
 
 def _opened(recipe: Recipe, is_gguf: bool) -> Recipe:

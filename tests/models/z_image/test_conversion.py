@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+import shared.quant.convert as converting
 from models.z_image import conversion
 from models.z_image.config import TransformerConfig
 from models.z_image.keys import slot_of
@@ -22,6 +24,7 @@ from shared.quant.convert import Conversion, LayerReport, convert, convert_to_gg
 from shared.quant.errors import LayerMismatchError, UserError
 from shared.quant.linear import JoinedLinear, PackedLinear
 from shared.quant.recipe import Recipe
+from shared.quant.safetensors_writer import SafetensorsWriter
 from shared.quant.targets import targets
 from tests.support.packed_model import State, forward, official_names
 from tests.support.tiny_model import relative_error
@@ -225,6 +228,41 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(source: Path, tmp_path: P
 
     assert output.read_bytes() == whole.read_bytes()
     assert reports == expected
+
+
+def test_memory_holds_two_layers_at_most_however_many_there_are(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one at work, and what was written of the one before."""
+    layers: list[list[weakref.ref[torch.Tensor]]] = []
+    most = 0
+    rows, add = converting._rows, SafetensorsWriter.add
+
+    def count() -> None:
+        nonlocal most
+        most = max(most, sum(any(tensor() is not None for tensor in layer) for layer in layers))
+
+    def counted_rows(job: converting.Job, suffix: str) -> torch.Tensor:
+        found = rows(job, suffix).clone()  # else it is mapped from the file, which takes no memory
+        layers.append([weakref.ref(found)])
+        count()
+        return found
+
+    def counted_add(writer: SafetensorsWriter, group: str, tensors: State, note: object = None) -> None:
+        layers.append([weakref.ref(tensor) for tensor in tensors.values()])
+        count()
+        add(writer, group, tensors, note)
+
+    monkeypatch.setattr(converting, "_rows", counted_rows)
+    monkeypatch.setattr(SafetensorsWriter, "add", counted_add)
+    planned = plan(source, "mxfp8")
+    means = converting.Means(rank=0, error_lora_rank=4)
+
+    convert(planned, tmp_path / "out.safetensors", rank=0, metadata={}, identity=0, on_progress=ignore, means=means)
+
+    assert len(planned.jobs) > 40
+    # Of each of two layers: the weight, its bias, the correcting pair, the tensors that are written.
+    assert 2 <= most <= 8
 
 
 def test_a_truncated_model_is_named_before_anything_is_written(
