@@ -113,13 +113,13 @@ class ZImagePipeline:
         self.report.sigmas = list(begun.sigmas)
         total = len(begun.sigmas) - 1
         self.loras.begin(total)
+        on_begin(total)  # before the captions are refined: a host sets its LoRAs' strengths of the first step in it
         predict = Predictor(
             self.transformer, self._prompts(request, positive, negative), sigmas=begun.sigmas,
             guidance=request.guidance, nag=request.nag,
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
         )  # fmt: skip
-        on_begin(total)
         walk = samplers.get(request.sampler).sample(
             predict, begun.latents, begun.sigmas, lambda: source.draw().to(self.device)
         )

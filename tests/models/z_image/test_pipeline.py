@@ -244,6 +244,19 @@ def test_a_start_picks_its_part_of_the_schedule_and_what_it_keeps_stays_with_eve
     assert totals == [last.total] == [len(request.noise_levels()) - 2]
 
 
+def test_the_steps_are_announced_before_the_network_is_asked_anything(
+    pipeline: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    refine = pipeline.transformer.encode_captions
+    monkeypatch.setattr(pipeline.transformer, "encode_captions", lambda f: (order.append("captions"), refine(f))[1])
+    request = GenerateRequest(prompt="x", width=32, height=32, steps=1)
+
+    list(pipeline.denoise(request, *pipeline.encode(request), lambda steps: order.append(f"{steps} steps")))
+
+    assert order == ["1 steps", "captions"]
+
+
 def test_a_start_has_the_last_word_on_the_pictures(pipeline: ZImagePipeline) -> None:
     pictures = pipeline(GenerateRequest(prompt="x", width=32, height=32, steps=3, start=FromPicture()))
 
