@@ -145,6 +145,7 @@ MODEL_KEYS: Mapping[str, Key] = {
     "configs": Key(CONFIGS, "named sets of model keys that replace those above when chosen"),
     "visible": Key(FLAG, "false: usable by id, but not listed", True),
     "scorer": Key(SCORER, "reads what this model draws; `wgp.py compare` takes its prompts and its verdicts"),
+    "guidance_optional": Key(FLAG, "offer guidance on the page though the model does without", False),
     "unified_solver": Key(FLAG, "weights distilled for the few-step unified solver (TwinFlow)", False),
 }
 
