@@ -58,7 +58,7 @@ TEXT_ENCODER_LAYERS = 3  # on disk; as in the big model the features come before
 
 _P_EMPTY_CAPTION = 0.1
 _P_LONG_CAPTIONS = 0.15  # batches whose captions fill 33 to 64 tokens
-_P_NEAR_NOISE = 0.35  # only there does the caption decide what goes where
+_P_NEAR_NOISE = 0.2  # only there does the caption decide what goes where
 _NEAR_NOISE = 0.12
 _P_ONE_SHAPE = 0.75
 _SHAPE_CELL = 0.35  # mean difference from the ground's latents beyond which a cell belongs to a shape or its shadow
