@@ -212,10 +212,13 @@ def fake_cuda(*, total_memory: int = 8 << 30, capability: tuple[int, int] = (8, 
     def max_memory_allocated(_device: object = None) -> int:
         return gpu.peak
 
+    def mem_get_info(_device: object = None) -> tuple[int, int]:
+        return total_memory - gpu.resident(), total_memory
+
     with contextlib.ExitStack() as patches:
         for name, answer in answers.items():
             patches.enter_context(mock.patch.object(torch.cuda, name, return_value=answer))
-        for function in (memory_allocated, max_memory_allocated):
+        for function in (memory_allocated, max_memory_allocated, mem_get_info):
             patches.enter_context(mock.patch.object(torch.cuda, function.__name__, function))
         for function in (set_default_device, get_default_device):
             patches.enter_context(mock.patch.object(torch, function.__name__, function))

@@ -53,7 +53,7 @@ def events(ctx: Any) -> dict[str, Any]:
 
 def test_every_promised_event_is_wired(context) -> None:
     assert set(events(context)) >= {
-        "opened", "preset_picked", "refreshed", "asked", "draw", "cancelled", "size_picked", "nag_moved",
+        "opened", "preset_picked", "refreshed", "asked", "draw", "cancelled", "size_picked", "guidance_moved",
         "seed_reused", "settings_restored",
     }  # fmt: skip
 
