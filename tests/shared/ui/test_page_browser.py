@@ -387,8 +387,9 @@ def test_a_painted_picture_is_ordered_with_its_mask(open_page, context, tmp_path
     page = open_page(height=1400)
 
     page.locator("#edit > button").first.click()
+    expect(page.locator("#editor canvas").first).to_be_visible(timeout=PATIENCE)
+    page.wait_for_timeout(2000)  # a picture given before Gradio's editor is ready breaks it for good
     page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "given.png")
-    page.wait_for_timeout(4000)  # a stroke before the editor has its picture breaks Gradio's editor for good
     for drawn in range(1, 8):  # strokes count once the picture has settled, and nothing on the page tells when
         page.wait_for_timeout(1000)
         canvas = page.locator("#editor canvas").first.bounding_box()
