@@ -1,8 +1,10 @@
 """Captions in varied natural wording for drawn scenes, and a record of what each caption promises.
 
-A caption may leave attributes unmentioned: the picture then shows any value, and a judge checks only what
-was said. Some sentence frames are kept for held-out captions, so that judging uses wordings the model never
-read.
+A caption may leave attributes unmentioned. A size that is not mentioned is medium, the place of a single shape the
+centre, and one shape is left of or above another across the middle of the picture: nobody says more when that is what
+they see, and a picture that the caption settles is one that few steps can draw. Colours and kinds that are not
+mentioned may be any. A judge checks only what was said. Some sentence frames are kept for held-out captions, so that
+judging uses wordings the model never read.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.scenes import Scene, Shape
+from training.scenes import OPPOSITES, Scene
 
 KIND_WORDS: dict[str, tuple[str, ...]] = {
     "circle": ("circle", "circle", "circle", "disc", "dot", "ball"),
@@ -117,8 +119,10 @@ _CLOSINGS = (
 _COMPLETE_OPENINGS = ("a picture", "draw", "on ", "there", "a drawing", "two shapes")
 _P_FILLER = 0.12
 
-_P_UNMENTIONED = {"size": 0.3, "place": 0.12, "ground": 0.06, "colour": 0.03, "kind": 0.02}
-_P_RELATION = 0.2
+_P_UNMENTIONED = {"ground": 0.05, "colour": 0.03, "kind": 0.02}
+_P_MEDIUM_UNMENTIONED = 0.65
+_P_CENTRE_UNMENTIONED = 0.4  # of a single shape
+_P_RELATION = 0.5  # where two shapes stand opposite each other
 
 
 @dataclass(frozen=True)
@@ -155,27 +159,31 @@ def write_caption(
     several of the words about style that people like to add.
     """
 
-    def unmentioned(attribute: str) -> bool:
-        return not complete and bool(rng.random() < _P_UNMENTIONED[attribute])
+    def unmentioned(attribute: str, value: str = "") -> bool:
+        chance = {"medium": _P_MEDIUM_UNMENTIONED, "centre": _P_CENTRE_UNMENTIONED}.get(
+            value, _P_UNMENTIONED.get(attribute, 0.0)
+        )
+        return not complete and bool(rng.random() < chance)
 
     order = list(scene.shapes)
-    same_row, beside, above = False, False, False
+    related, beside = False, False
     if len(order) == 2:
         if rng.random() < 0.5:
             order.reverse()
-        beside, above = _left_of(order[0], order[1]), _above(order[0], order[1])
-        same_row = (beside or above) and not complete and not held_out and bool(rng.random() < _P_RELATION)
-    no_place = unmentioned("place")
+        places = (order[0].place, order[1].place)
+        beside = places == OPPOSITES[0]
+        related = places in OPPOSITES and not complete and not held_out and bool(rng.random() < _P_RELATION)
+    no_place = related or (len(order) == 1 and unmentioned("place", order[0].place))
     promises = {}
     for shape in order:
         promises[shape] = Promise(
             kind=None if unmentioned("kind") else shape.kind,
             colour=None if unmentioned("colour") else shape.colour,
-            size=None if unmentioned("size") else shape.size,
-            place=None if no_place or same_row else shape.place,
+            size=None if unmentioned("size", shape.size) else shape.size,
+            place=None if no_place else shape.place,
         )
     ground = None if unmentioned("ground") else scene.ground
-    if same_row:
+    if related:
         frames = _BESIDE if beside else _ABOVE
     elif len(order) == 1:
         frames = _ONE_SHAPE_HELD_OUT if held_out else _ONE_SHAPE
@@ -227,25 +235,3 @@ def _tidy(text: str, rng: np.random.Generator) -> str:
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:]
     return text + ("." if rng.random() < 0.3 else "")
-
-
-def _left_of(first: Shape, second: Shape) -> bool:
-    columns = {"left": 0, "right": 2}
-    return _band(first.place, columns) < _band(second.place, columns) and _row(first) == _row(second)
-
-
-def _above(first: Shape, second: Shape) -> bool:
-    rows = {"top": 0, "bottom": 2}
-    return _band(first.place, rows) < _band(second.place, rows) and _column(first) == _column(second)
-
-
-def _row(shape: Shape) -> int:
-    return _band(shape.place, {"top": 0, "bottom": 2})
-
-
-def _column(shape: Shape) -> int:
-    return _band(shape.place, {"left": 0, "right": 2})
-
-
-def _band(place: str, bands: dict[str, int]) -> int:
-    return next((bands[word] for word in place.split() if word in bands), 1)

@@ -56,7 +56,7 @@ def write_pool(code: PatchCode, folder: Path, width: int, height: int, count: in
     scenes = []
     for start in range(0, count, _BATCH):
         batch = [sample_scene(rng, held_out=False) for _ in range(min(_BATCH, count - start))]
-        pictures = np.stack([draw_scene(scene, width, height, rng) for scene in batch])
+        pictures = np.stack([draw_scene(scene, width, height) for scene in batch])
         pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents[start : start + len(batch)] = code.encode(pixels).numpy()
         scenes += [asdict(scene) for scene in batch]

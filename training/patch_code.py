@@ -87,7 +87,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = np.random.default_rng(arguments.seed)
     scenes = [sample_scene(rng, held_out=False) for _ in range(arguments.pictures)]
-    code = fit_patch_code(np.stack([draw_scene(scene, 256, 256, rng) for scene in scenes]))
+    code = fit_patch_code(np.stack([draw_scene(scene, 256, 256) for scene in scenes]))
     np.savez(arguments.output, **{name: getattr(code, name).numpy() for name in ("mean", "components", "gains")})
 
 

@@ -81,7 +81,7 @@ class AutoencoderInTraining(nn.Module):
 def draw_pool(count: int, sizes: tuple[tuple[int, int], ...], seed: int) -> list[NDArray[np.uint8]]:
     """Draw `count` random training scenes, cycling through the sizes."""
     rng = np.random.default_rng(seed)
-    return [draw_scene(sample_scene(rng, held_out=False), *sizes[i % len(sizes)], rng) for i in range(count)]
+    return [draw_scene(sample_scene(rng, held_out=False), *sizes[i % len(sizes)]) for i in range(count)]
 
 
 def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:

@@ -63,3 +63,34 @@ def test_split_does_not_depend_on_the_order_of_shapes() -> None:
 def test_held_out_sentence_frames_are_not_used_in_training() -> None:
     assert not set(captions._ONE_SHAPE) & set(captions._ONE_SHAPE_HELD_OUT)
     assert not set(captions._TWO_SHAPES) & set(captions._TWO_SHAPES_HELD_OUT)
+
+
+def test_what_a_caption_leaves_out_is_medium_and_in_the_centre() -> None:
+    rng = np.random.default_rng(5)
+    unsaid: set[str] = set()
+
+    for _ in range(1500):
+        scene = sample_scene(rng, held_out=False)
+        caption = write_caption(scene, rng)
+        for promise, shape in zip(caption.shapes, scene.shapes, strict=True):
+            if promise.size is None:
+                unsaid.add("size")
+                assert shape.size == "medium"
+            if promise.place is None and len(scene.shapes) == 1:
+                unsaid.add("place")
+                assert shape.place == "centre"
+            elif promise.place is None:
+                unsaid.add("relation")
+                assert {s.place for s in scene.shapes} in ({"left", "right"}, {"top", "bottom"})
+
+    assert unsaid == {"size", "place", "relation"}
+
+
+def test_relation_names_the_shapes_the_right_way_round() -> None:
+    left, right = Shape("star", "red", "small", "left"), Shape("ring", "black", "small", "right")
+    rng = np.random.default_rng(6)
+    texts = {write_caption(Scene("white", (left, right)), rng).text.lower() for _ in range(200)}
+    beside = [text for text in texts if "left of" in text]
+
+    assert beside
+    assert all(text.index("red") < text.index("black") for text in beside if "red" in text and "black" in text)

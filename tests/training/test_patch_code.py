@@ -9,7 +9,7 @@ from training.scenes import draw_scene, sample_scene
 
 def _drawings(count: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.stack([draw_scene(sample_scene(rng, held_out=True), 128, 96, rng) for _ in range(count)])
+    return np.stack([draw_scene(sample_scene(rng, held_out=True), 128, 96) for _ in range(count)])
 
 
 def _pixels(pictures: np.ndarray) -> torch.Tensor:
