@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = Path(__file__).parents[1]
 
-L0 = ("shared.quant", "shared.samplers")
+L0 = ("shared.quant", "shared.samplers", "shared.ops")
 HOST_API = (
     "shared.utils.files_locator",
     "shared.utils.hf",
@@ -24,6 +24,7 @@ HOST_API = (
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "shared.quant": (),
     "shared.samplers": (),
+    "shared.ops": (),
     "shared.utils": (),
     "shared.RGB_factors": (),
     "shared.preprocess": L0,

@@ -1,0 +1,88 @@
+"""The element-wise work between matrix products: four operations, each in as few passes as its device allows.
+
+    rms_norm_modulate   rms_norm(x) * weight * scale                         before attention and feed-forward
+    gate_residual       x + gate * rms_norm(y) * weight                      after them
+    qk_norm_rope        normalise and rotate queries and keys, lay out q, k, v as attention reads them
+    swiglu              silu(first half) * second half
+
+eager.py is what they mean, in torch, for every device and for gradients. A faster version for one kind of device is one
+more module with the same four functions; `implementation()` is the only place that chooses.
+
+`scale` and `gate` are factors ready to be used (1 + adaLN's scale, tanh of its gate): they do not change while pixels
+flow, so whoever holds the schedule works them out once.
+
+exact: round where the reference implementation (diffusers 0.42.1) rounds, so that bfloat16 results are the same bits.
+Without it an operation computes in float32 inside or folds factors together, and rounds once or twice instead of five
+times. In float32 both agree to rounding.
+
+Shape legend:  B batch   S tokens   D model width   H heads   E head width   F feed-forward width
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from shared.ops import eager
+
+
+class Operations(Protocol):
+    """A module with the four operations; what each does is said at the functions of the same names below."""
+
+    def rms_norm_modulate(
+        self, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False
+    ) -> Tensor: ...
+
+    def gate_residual(
+        self, x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, *, exact: bool = False
+    ) -> Tensor: ...
+
+    def qk_norm_rope(
+        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *,
+        exact: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+
+    def swiglu(self, w13: Tensor) -> Tensor: ...
+
+
+def implementation(x: Tensor) -> Operations:
+    """The module whose functions serve tensors like x now."""
+    return eager
+
+
+def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False) -> Tensor:
+    """rms_norm(x) * weight * scale over the last axis: (B, S, D), x's type.
+
+    x: (B, S, D). weight: (D,). scale: (B or 1, 1, D) or None for 1.
+    """
+    return implementation(x).rms_norm_modulate(x, weight, scale, eps, exact=exact)
+
+
+def gate_residual(
+    x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, eps: float, *, exact: bool = False
+) -> Tensor:
+    """x + gate * rms_norm(y) * weight: (B, S, D), x's type; x itself is left as it is.
+
+    x: (B, S, D) the residual stream. y: (B, S, D) what is added. gate: (B or 1, 1, D) or None for 1. weight: (D,).
+    """
+    return implementation(x).gate_residual(x, y, gate, weight, eps, exact=exact)
+
+
+def qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys, values as attention reads them, (B, H, S, E) each in qkv's type (strides are the device's choice).
+
+    qkv: (B, S, 3 * H * E), all queries first, then keys, then values. q_weight, k_weight: (E,) of the head-wise RMS
+    norms. rope: (B or 1, S, 1, E / 2, 2) float32, cosine and sine of each pair's angle; pairs are (x[2i], x[2i + 1]).
+    """
+    return implementation(qkv).qk_norm_rope(qkv, q_weight, k_weight, rope, n_heads, eps, exact=exact)
+
+
+def swiglu(w13: Tensor) -> Tensor:
+    """silu(w13[..., :F]) * w13[..., F:]: (..., 2 F) -> (..., F)."""
+    return implementation(w13).swiglu(w13)
+
+
+__all__ = ["gate_residual", "implementation", "qk_norm_rope", "rms_norm_modulate", "swiglu"]
