@@ -17,6 +17,7 @@ Merging (the quantizer does, into weights that are not packed yet):
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,9 +54,12 @@ class _Loaded:
 
 
 class LoraSet:
-    """The LoRA files on a transformer and its text encoder. Changing strengths, also per step, rebuilds nothing."""
+    """The LoRA files on a transformer and its text encoder. Changing strengths, also per step, rebuilds nothing.
 
-    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | None = None) -> None:
+    text_encoder: the module, or what gives it, asked only when a file has a part for it.
+    """
+
+    def __init__(self, transformer: nn.Module, text_encoder: nn.Module | Callable[[], nn.Module] | None = None) -> None:
         self._transformer, self._encoder = transformer, text_encoder
         self._loaded: dict[tuple[Path, int, int], _Loaded] = {}  # by path, time and size; those in use, in order
         self._order: tuple[tuple[Path, int, int], ...] = ()
@@ -68,11 +72,11 @@ class LoraSet:
         """
         order = tuple((path, *_stamp(path)) for path in files)
         if order != self._order:
-            loaded = {
-                key: self._loaded.get(key) or _load(read(key[0]), self._transformer, self._encoder) for key in order
-            }
+            loaded = {key: self._loaded.get(key) or self._read(key[0]) for key in order}
+            touched = self.touches_encoder or any(one.encoder for one in loaded.values())
             self._strengths = Strengths(strengths)
-            _attach([loaded[key] for key in order], self._strengths, self._transformer, self._encoder)
+            encoder = self._encoder_module() if touched else None
+            _attach([loaded[key] for key in order], self._strengths, self._transformer, encoder)
             self._loaded, self._order = loaded, order
         else:
             self._strengths.set(strengths)
@@ -92,6 +96,25 @@ class LoraSet:
     def touches_encoder(self) -> bool:
         """Whether prompts encoded without these files have to be encoded again."""
         return any(loaded.encoder for loaded in self._loaded.values())
+
+    @property
+    def encoder_state(self) -> str:
+        """What tells the encoder with these files at the present strengths from any other; "" when none touches it."""
+        parts = []
+        for key, strength in zip(self._order, self._strengths.now, strict=True):
+            if self._loaded[key].encoder:
+                with key[0].open("rb") as file:
+                    parts.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()} x {strength}")
+        return ", ".join(parts)
+
+    def _read(self, path: Path) -> _Loaded:
+        file = read(path)
+        return _load(file, self._transformer, self._encoder_module() if file.encoder else None)
+
+    def _encoder_module(self) -> nn.Module | None:
+        if self._encoder is not None and not isinstance(self._encoder, nn.Module):
+            self._encoder = self._encoder()
+        return self._encoder
 
 
 def apply(model: nn.Module, files: Sequence[LoraFile], strengths: Sequence[Strength]) -> list[Match]:

@@ -54,7 +54,7 @@ class ZImagePipeline:
         self.text_encoder = text_encoder
         self.vae = vae
         self.device = device
-        self.loras = LoraSet(transformer, text_encoder.model)
+        self.loras = LoraSet(transformer, lambda: text_encoder.model)
         self.report = Report()
 
     def __call__(

@@ -8,10 +8,11 @@ Source: diffusers 0.42.1 pipelines/z_image/pipeline_z_image.py, _encode_prompt.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,46 @@ LongPrompt = Literal["keep", "cut", "refuse"]
 CACHE_SIZE = 128
 
 
-class TextEncoder:
-    """Tokenizer and encoder together, with a memory of the last prompts (features are kept on the CPU)."""
+class FeatureStore(Protocol):
+    """What remembers features for longer than this process; a host's, for one encoder."""
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model
+    def load(self, key: str) -> Tensor | None:
+        """The features (tokens, width) kept under the key, on the CPU; None when there are none."""
+
+    def save(self, key: str, features: Tensor) -> None:
+        """Keep features (on the CPU) under the key."""
+
+
+class TextEncoder:
+    """Tokenizer and encoder together, with a memory of the last prompts (features are kept on the CPU).
+
+    model: the encoder, or what loads it; then that happens when first a prompt is met that nothing remembers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        tokenizer: PreTrainedTokenizerBase,
+        store: FeatureStore | None = None,
+    ) -> None:
+        self._model = model
         self.tokenizer = tokenizer
+        self._store = store
+        self._state = ""
         self._cache: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()  # by token ids
         self.encoded = 0  # prompts that were really run, for tests and reports
+
+    @property
+    def model(self) -> nn.Module:
+        """The encoder, loaded now if it is not yet."""
+        if not isinstance(self._model, nn.Module):
+            self._model = self._model()
+        return self._model
+
+    @property
+    def loaded(self) -> nn.Module | None:
+        """The encoder if it is loaded."""
+        return self._model if isinstance(self._model, nn.Module) else None
 
     def encode(
         self,
@@ -83,18 +116,28 @@ class TextEncoder:
             raise UserError(f"{begins}; at most {limit} are taken.", "Shorten it, or --set long_prompt=cut.")
         return tuple(ids)
 
-    def forget(self) -> None:
-        """Encode every prompt anew: the encoder's weights are different now."""
+    def forget(self, state: str | None = None) -> None:
+        """Encode every prompt anew. state: tells the encoder's weights, changed by LoRA files, from all others; "" are
+        its own, None those it had."""
         self._cache.clear()
+        self._state = self._state if state is None else state
 
     def _features(self, ids: tuple[int, ...], device: torch.device) -> Tensor:
         if ids in self._cache:
             self._cache.move_to_end(ids)
             return self._cache[ids]
-        with torch.no_grad():
-            output = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-        features = output.last_hidden_state[0].cpu()
-        self.encoded += 1
+        # By ids, which hold the template, what was cut off, and the tokenizer's doing.
+        key = hashlib.sha256(f"{self._state} {ids}".encode()).hexdigest()
+        features = None if self._store is None else self._store.load(key)
+        if features is None or len(features) != len(ids):
+            with torch.no_grad():
+                output = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+            features = output.last_hidden_state[0].cpu()
+            self.encoded += 1
+            if not bool(torch.isfinite(features).all()) or bool(features.min() == features.max()):
+                return features  # bad numbers are for the caller to see, not to be remembered
+            if self._store is not None:
+                self._store.save(key, features)
         self._cache[ids] = features
         if len(self._cache) > CACHE_SIZE:
             self._cache.popitem(last=False)

@@ -126,8 +126,9 @@ class family_handler:
 
         model_filename: the transformer's file, or a list: transformer, then module files (ControlNet).
         dtype: for the transformer and text encoder (None: bfloat16). VAE_dtype: None means float32.
-        kwargs: `vae_filename` and `tokenizer_folder` from our own host; a Wan2GP host adds `profile` and
-        others.
+        kwargs: `vae_filename`, `tokenizer_folder`, `place_text_encoder` and `prompt_store` from our own host (see
+        model_factory); a Wan2GP host adds `profile` and others. With `place_text_encoder` the modules lack the text
+        encoder, which is then loaded when a prompt needs it.
         Raises CheckpointError if a file cannot be used.
         """
         import torch
@@ -154,7 +155,7 @@ class family_handler:
             "text_encoder": pipe_processor.text_encoder,
             "vae": pipe_processor.vae,
         }
-        return pipe_processor, modules
+        return pipe_processor, {name: module for name, module in modules.items() if module is not None}
 
     @staticmethod
     def update_default_settings(

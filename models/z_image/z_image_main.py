@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from models.z_image.loader import load_transformer
 from models.z_image.lora import Match, Strength
 from models.z_image.pipeline import Step, ZImagePipeline
 from models.z_image.request import from_host_kwargs
-from models.z_image.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
+from models.z_image.text_encoder import FeatureStore, TextEncoder, load_text_encoder, load_tokenizer
 from models.z_image.variants import TEXT_ENCODER_FILES, TEXT_ENCODER_FOLDER, VAE_FILE
 from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
@@ -34,6 +35,8 @@ class model_factory:
     transformer, text_encoder, vae: nn.Modules for an offloader to place. `device`: where they compute; "cuda" when
     there is one, as under mmgp, settable by the host. `_interrupt`: set to True from any thread, generate() returns
     None within one step.
+    place_text_encoder: None loads the text encoder at once. Else `text_encoder` is None until a prompt needs it; it is
+    then loaded and given to this function, which puts it where it computes. prompt_store: remembers encoded prompts.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class model_factory:
         tokenizer_folder: str | Path | None = None,
         dtype: torch.dtype | None = None,
         VAE_dtype: torch.dtype | None = None,
+        place_text_encoder: Callable[[nn.Module], None] | None = None,
+        prompt_store: FeatureStore | None = None,
         **_: Any,
     ) -> None:
         files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
@@ -67,13 +72,14 @@ class model_factory:
         )
         vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *_VAES)
         self.tokenizer = load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
-        self.text_encoder: nn.Module = load_text_encoder(encoder_path, dtype)
+        load_encoder = partial(_load_text_encoder, encoder_path, dtype, place_text_encoder)
+        encoder = TextEncoder(
+            load_encoder() if place_text_encoder is None else load_encoder, self.tokenizer, prompt_store
+        )
         self.vae: nn.Module = load_vae(vae_path, VAE_dtype or torch.float32)
         self.transformer = load_transformer(paths, dtype)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.pipeline = ZImagePipeline(
-            self.transformer, TextEncoder(self.text_encoder, self.tokenizer), self.vae, device
-        )
+        self.pipeline = ZImagePipeline(self.transformer, encoder, self.vae, device)
         self._interrupt = False
 
     @property
@@ -83,6 +89,11 @@ class model_factory:
     @device.setter
     def device(self, device: torch.device) -> None:
         self.pipeline.device = device
+
+    @property
+    def text_encoder(self) -> nn.Module | None:
+        """Qwen3 without its last layer; None as long as it is not loaded."""
+        return self.pipeline.text_encoder.loaded
 
     @property
     def report(self) -> dict[str, Any]:
@@ -126,6 +137,17 @@ class model_factory:
         pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin)
         return None if pictures is None else pictures.transpose(0, 1)
 
+    def encode_prompts(self, orders: Sequence[Mapping[str, Any]]) -> None:
+        """Encode now what generate() with each of these keywords will ask for, so that the text encoder works once.
+
+        Raises UserError for what cannot be drawn, a prompt that is too long among it.
+        """
+        branch = self.transformer.control
+        for order in orders:
+            request = from_host_kwargs(self.model_def, order, None if branch is None else branch.config)
+            self.pipeline.loras.begin(request.steps)
+            self.pipeline.encode(request)
+
     def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[Strength]) -> list[Match]:
         """Put these LoRA files, and no others, beside the linears; an empty list takes all off.
 
@@ -137,12 +159,19 @@ class model_factory:
         touched = loras.touches_encoder
         matches = loras.apply([Path(file) for file in files], multipliers)
         if touched or loras.touches_encoder:
-            self.pipeline.text_encoder.forget()
+            self.pipeline.text_encoder.forget(loras.encoder_state)
         return matches
 
     def get_loras_transformer(self, *_: Any, **__: Any) -> tuple[list[str], list[float]]:
         """LoRAs the model itself wants besides the user's: none."""
         return [], []
+
+
+def _load_text_encoder(path: Path, dtype: torch.dtype, place: Callable[[nn.Module], None] | None) -> nn.Module:
+    module = load_text_encoder(path, dtype)
+    if place is not None:
+        place(module)
+    return module
 
 
 def _locate(name: str | Path) -> Path:

@@ -13,8 +13,10 @@ from shared.app.download import FileStore, default_hub_cache
 from shared.app.families import Families, load_families
 from shared.app.metadata import write_file
 from shared.app.presets import Preset, PresetCollection, load_presets
+from shared.app.prompt_cache import DEFAULT_LIMIT_MB, PromptCache
 from shared.app.schema import read_json_object
 from shared.app.session import ModelSession
+from shared.quant.errors import UserError
 from shared.utils.files_locator import set_checkpoints_paths
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ DEFAULT_CHECKPOINTS_FOLDER = "ckpts"
 DEFAULT_LORA_ROOT = "lora_root"
 DEFAULT_OUTPUT_FOLDER = "outputs"
 DEFAULT_SETTINGS_FOLDER = "settings"
+PROMPT_FOLDER = ".cache/prompts"
 
 # Keys of wgp_config.json that are ours; all others belong to Wan2GP and are kept as they are.
 CONFIG_KEYS = (
@@ -39,6 +42,7 @@ CONFIG_KEYS = (
     "compute",
     "transformer_quantization",
     "text_encoder_quantization",
+    "prompt_cache_mb",
 )
 
 
@@ -130,6 +134,17 @@ class AppContext:
         path = self.settings_path(preset)
         _write_json(path, settings.as_record())
         return path
+
+    def prompt_cache(self) -> PromptCache | None:
+        """Where encoded prompts are kept, as large as the flag or the configuration allows; None for 0, which is off.
+
+        Raises UserError for a size that is none.
+        """
+        asked = getattr(self.args, "prompt_cache", None)
+        size = self.config.get("prompt_cache_mb", DEFAULT_LIMIT_MB) if asked is None else asked
+        if not isinstance(size, int) or size < 0:
+            raise UserError(f'"prompt_cache_mb" must be a whole number of MB, got {size}.', "0 turns the cache off.")
+        return PromptCache(self.root / PROMPT_FOLDER, size * 10**6) if size else None
 
     def settings_path(self, preset: Preset) -> Path:
         return self.settings_folder / f"{preset.id}_settings.json"

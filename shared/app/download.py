@@ -156,6 +156,10 @@ class FileStore:
         """A file's SHA-256 as 64 hex digits; a 12 GB file is read once, then known by its size and time."""
         return self._hashes.get(path)
 
+    def known_sha256(self, path: Path) -> str | None:
+        """The same if it was computed before and the file has not changed since; reads no file."""
+        return self._hashes.known(path)
+
     # ------------------------------------------------------------------------------------ finding
 
     def _program_file(self, address: str) -> Path:
@@ -340,10 +344,13 @@ class _HashCache:
     def __init__(self, file: Path) -> None:
         self._known = _Remembered(file)
 
+    def known(self, path: Path) -> str | None:
+        digest = self._known.get(path)
+        return digest if isinstance(digest, str) else None
+
     def get(self, path: Path) -> str:
-        match self._known.get(path):
-            case str(digest):
-                return digest
+        if digest := self.known(path):
+            return digest
         with path.open("rb") as file:
             stamp, digest = _stamp(path), hashlib.file_digest(file, "sha256").hexdigest()
         self._known.put(path, digest, stamp)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.loras import Strength
 from shared.app.memory import MIB
 from shared.app.plan import VAE_DTYPE, GenerationPlan, requested_profile
+from shared.app.prompt_cache import EncoderPrompts
+from shared.quant.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from shared.app.context import AppContext
     from shared.app.offload import Offloader
     from shared.quant.kernels.resolve import Resolved
@@ -27,14 +33,27 @@ class LoadedModel:
     key: what it was loaded from and for. processor: the pipeline object of contract C1c.
     loras: (file, strength) in order; None while they are being changed. lora_matches: what the family says of each,
     JSON-able by as_dict() as for `match_words`. kernels: what multiplies its packed layers.
+    modules: by name, as the handler gave them; the text encoder joins them when it is needed. prompts: those that this
+    text encoder is known to have encoded. text_seconds: what it took to encode the prompts of the last ensure().
     """
 
     key: tuple[Any, ...]
     processor: Any
     offloader: Offloader
+    modules: dict[str, nn.Module]
+    prompts: EncoderPrompts | None = None
+    is_placed: bool = False
+    text_seconds: float = 0.0
     loras: tuple[tuple[Path, Strength], ...] | None = ()
     lora_matches: Sequence[Any] = ()
     kernels: tuple[Resolved, ...] = ()
+
+    def place(self) -> None:
+        """Put the modules where they compute, if they are not there yet."""
+        if not self.is_placed:
+            self.offloader.place(self.modules)
+            self.processor.device = self.offloader.device
+            self.is_placed = True
 
 
 class ModelHolder:
@@ -44,20 +63,36 @@ class ModelHolder:
         self._ctx = ctx
         self._model: LoadedModel | None = None
 
-    def ensure(self, plan: GenerationPlan, say: Callable[[str], None]) -> LoadedModel:
+    def ensure(
+        self,
+        plan: GenerationPlan,
+        say: Callable[[str], None],
+        orders: Sequence[Mapping[str, Any]] | None = None,
+    ) -> LoadedModel:
         """The model of the plan with its LoRAs, all of whose files are on this machine.
 
         The one in memory if it is the same, else that one is released first and the plan's is loaded. say: what is
-        going on, in words. Raises CheckpointError for a file that cannot be used, UserError for a LoRA that does not
-        fit the model.
+        going on, in words. orders: the keywords of every generate() to come, whose prompts are encoded first; where
+        each of them is remembered, the text encoder is not loaded at all. None loads everything.
+        Raises CheckpointError for a file that cannot be used, UserError for a LoRA that does not fit the model and for
+        an order that cannot be drawn.
         """
         key = self._key(plan)
         if self._model is None or self._model.key != key:
             self.release()
             say(f"Loading {plan.preset.name}")
-            self._model = self._load(plan, key)
-        self._apply_loras(self._model, plan, say)
-        return self._model
+            self._model = self._load(plan, key, defers_text_encoder=orders is not None)
+        model = self._model
+        self._apply_loras(model, plan, say)
+        encode_prompts = getattr(model.processor, "encode_prompts", None)  # what a Wan2GP family lacks
+        if orders is not None and encode_prompts is not None:
+            began = time.perf_counter()
+            encode_prompts(orders)
+            model.text_seconds = time.perf_counter() - began
+            if "text_encoder" not in model.modules:
+                say("The text encoder was not loaded: every prompt is remembered")
+        model.place()
+        return model
 
     def interrupt(self) -> None:
         """Make a running `generate` stop within one step; from any thread."""
@@ -77,12 +112,12 @@ class ModelHolder:
         choices = (plan.attention.value, plan.compute.value, requested_profile(self._ctx))
         return (plan.preset.id, weights, plan.machine, *choices)
 
-    def _load(self, plan: GenerationPlan, key: tuple[Any, ...]) -> LoadedModel:
+    def _load(self, plan: GenerationPlan, key: tuple[Any, ...], *, defers_text_encoder: bool) -> LoadedModel:
         import torch
 
         from shared.app.offload import choose_offloader
-        from shared.quant.kernels.resolve import resolve
 
+        prompts = self._prompts_of(plan)
         profile = requested_profile(self._ctx)
         handler = self._ctx.families.handler(plan.preset.architecture)
         processor, modules = handler.load_model(
@@ -96,19 +131,55 @@ class ModelHolder:
             text_encoder_filename=_first(plan.paths("text_encoder")),
             vae_filename=_first(plan.paths("vae")),
             tokenizer_folder=self._tokenizer_folder(plan),
+            place_text_encoder=partial(self._add_text_encoder, plan) if defers_text_encoder else None,
+            prompt_store=prompts,
         )
-        # Before the weights are placed: an offloader pins and streams them as they lie then.
-        device = torch.device(plan.machine.device.kind)
-        kernels = resolve(list(modules.values()), device, plan.compute.value)
-        for kernel in kernels:
-            logger.info("%s: %s", plan.preset.id, kernel)
+        kernels = self._resolve(plan, list(modules.values()))
         sizes = plan.memory.weights_mb if plan.memory is not None else {}
         weights = {name: round(mb * MIB) for name, mb in sizes.items()} or None
         offloader, reason = choose_offloader(plan.machine.device, profile, weights=weights)
-        offloader.place(modules)
         processor.device = offloader.device
         logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), reason)
-        return LoadedModel(key=key, processor=processor, offloader=offloader, kernels=kernels)
+        return LoadedModel(
+            key=key, processor=processor, offloader=offloader, modules=dict(modules), prompts=prompts, kernels=kernels
+        )
+
+    def _add_text_encoder(self, plan: GenerationPlan, module: nn.Module) -> None:
+        """Put the text encoder, which is needed now, where the other modules are or are to be."""
+        model = self._model
+        assert model is not None  # only a loaded model meets a prompt
+        model.kernels += self._resolve(plan, [module])
+        if model.is_placed:
+            model.offloader.release()
+            model.is_placed = False
+        model.modules["text_encoder"] = module
+        model.place()
+
+    def _resolve(self, plan: GenerationPlan, modules: Sequence[nn.Module]) -> tuple[Resolved, ...]:
+        """Choose the kernels of packed layers. Before they are placed: an offloader pins them as they lie then."""
+        import torch
+
+        from shared.quant.kernels.resolve import resolve
+
+        kernels = tuple(resolve(list(modules), torch.device(plan.machine.device.kind), plan.compute.value))
+        for kernel in kernels:
+            logger.info("%s: %s", plan.preset.id, kernel)
+        return kernels
+
+    def _prompts_of(self, plan: GenerationPlan) -> EncoderPrompts | None:
+        """The cache of prompts for the plan's text encoder; None when it is off."""
+        cache = self._ctx.prompt_cache()
+        encoders = plan.paths("text_encoder")
+        if cache is None or not encoders:
+            return None
+        files = Checkpoint.open(encoders[0]).files
+        computed = f"{plan.machine.dtype.value} {plan.compute.value} {plan.machine.device.kind}"
+
+        def identity() -> str | None:
+            hashes = [self._ctx.files.known_sha256(file) for file in files]
+            return None if None in hashes else f"{hashes} {computed}"
+
+        return EncoderPrompts(cache, identity)
 
     def _apply_loras(self, model: LoadedModel, plan: GenerationPlan, say: Callable[[str], None]) -> None:
         wanted = tuple(zip(plan.paths("lora"), plan.lora_strengths, strict=True))

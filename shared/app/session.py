@@ -94,7 +94,8 @@ ShouldStop = Callable[[], bool]
 class GenerationResult:
     """What was drawn and what it took.
 
-    forwards: transformer calls per picture. seconds: wall-clock by stage (STAGES); downloads count in total only.
+    forwards: transformer calls per picture. seconds: wall-clock by stage (STAGES); downloads count in total only, and
+    loading a text encoder that was not needed at once counts as text.
     peak_rss_mb, peak_vram_mb: MiB; None where the system does not tell, and without an NVIDIA GPU.
     kernels: what multiplied the packed layers, a line each. files: path and SHA-256 of every weights file used.
     loras: for each file "matched" of its "total" keys, and the "unmatched". cancelled: fewer pictures than asked for.
@@ -305,18 +306,22 @@ class _Run:
         downloaded = time.perf_counter()
         self._stop_if_asked()
         hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
-        model = self._model.ensure(plan, lambda words: self._announce(Status(words)))
+        orders = [settings.host_kwargs() for settings in self._alone]
+        model = self._model.ensure(plan, lambda words: self._announce(Status(words)), orders)
         self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
         self._loras = [match.as_dict() for match in model.lora_matches]
         for match in self._loras:
             self._announce(Status(match_words(match)))
-        self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded)
+        self._seconds["text"] = model.text_seconds
+        self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded) - model.text_seconds
 
         clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
         for index in range(len(self._alone)):
             self._stop_if_asked()
             picture, seconds = self._draw_one(model, edit, index, clock)
             self._files = hashes.result()
+            if model.prompts is not None:
+                model.prompts.flush()  # the text encoder's hash is known by now
             self._save(place, plan, edit, picture, index, seconds)
             clock.image_done()
 

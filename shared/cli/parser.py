@@ -139,6 +139,12 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         "(default: from the config, else auto)",
     )
     machine.add_argument(
+        "--prompt-cache",
+        metavar="MB",
+        type=int,
+        help="size of the cache of encoded prompts on the disk; 0 turns it off (default: from the config, else 256)",
+    )
+    machine.add_argument(
         "--verbose",
         metavar="N",
         type=int,
