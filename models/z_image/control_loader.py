@@ -95,10 +95,16 @@ def read_control_config(checkpoint: Checkpoint, plan: Plan, trunk_layers: int = 
 
 
 def load_control(
-    checkpoint: Checkpoint, trunk: TransformerConfig, dtype: torch.dtype, *, compute: str = "auto"
+    checkpoint: Checkpoint,
+    trunk: TransformerConfig,
+    dtype: torch.dtype,
+    *,
+    compute: str = "auto",
+    join: bool = True,
 ) -> ControlBranch:
     """Build the branch that a checkpoint describes beside a trunk of these sizes and fill it, in `dtype`, on the CPU.
 
+    compute and join are fill()'s.
     Raises LayerMismatchError for a branch of another model's sizes, UnknownFormatError for a packing not known.
     """
     import torch
@@ -113,7 +119,7 @@ def load_control(
     logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
     with torch.device("meta"):
         branch = ControlBranch(trunk, config)
-    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute)
+    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute, join=join)
     return branch.eval().requires_grad_(False)
 
 

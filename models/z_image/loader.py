@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from models.z_image.transformer import ZImageTransformer
 
+# Bytes of a file. The fused linears of a smaller one are better copied: then each is one product, not two or three.
+MAPPED_FROM = 2**30
+
 
 def plan_layers(checkpoint: Checkpoint) -> Plan:
     """Map every transformer layer of a file onto our modules. Raises LayerMismatchError when there is none."""
@@ -60,14 +63,16 @@ def read_config(checkpoint: Checkpoint, plan: Plan) -> TransformerConfig:
 
 
 def load_transformer(
-    paths: str | Path | Sequence[str | Path], dtype: torch.dtype, *, compute: str = "auto"
+    paths: str | Path | Sequence[str | Path], dtype: torch.dtype, *, compute: str = "auto", keep_mapped: bool = False
 ) -> ZImageTransformer:
     """Build the transformer that a checkpoint describes and fill it, in `dtype`, on the CPU, ready to run.
 
     paths: one file, index or folder; of a list the first is the transformer, the second a ControlNet. A ControlNet in
     the transformer's own file is loaded too, unless a second file replaces it.
-    compute: how packed layers are multiplied, see shared/quant/kernels. Raises LayerMismatchError listing missing,
-    unexpected and misshapen tensors, UnknownFormatError for a packing that is not known.
+    compute: how packed layers are multiplied, see shared/quant/kernels.
+    keep_mapped: for a model that stays on the CPU: of a large file no plain weight is copied, see fill(join=False).
+    Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
+    is not known.
     """
     import torch
 
@@ -85,10 +90,20 @@ def load_transformer(
     config = read_config(checkpoint, plan)
     with torch.device("meta"):
         model = ZImageTransformer(config)
-    fill(model, plan, dtype, source=str(checkpoint.path), name_missing=_file_names, hint=_hint, compute=compute)
+    fill(
+        model,
+        plan,
+        dtype,
+        source=str(checkpoint.path),
+        name_missing=_file_names,
+        hint=_hint,
+        compute=compute,
+        join=not keep_mapped or checkpoint.nbytes < MAPPED_FROM,
+    )
     if len(files) > 1 or len(plan) < len(whole):
         branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint
-        model.control = load_control(branch, config, dtype, compute=compute)
+        join = not keep_mapped or branch.nbytes < MAPPED_FROM
+        model.control = load_control(branch, config, dtype, compute=compute, join=join)
     return model.eval().requires_grad_(False)
 
 

@@ -65,11 +65,15 @@ def fill(
     name_missing: NameMissing | None = None,
     hint: Callable[[Sequence[str]], str] | None = None,
     compute: str = "auto",
+    join: bool = True,
 ) -> None:
     """Put every layer of `plan` into `model` (built on the meta device), plain numbers in `dtype`, on the CPU.
 
     source: the file, for errors. hint: given the names nothing here takes, what to tell the user. compute: how packed
-    layers are multiplied (kernels/__init__.py). Plain tensors of the right type and layout stay mapped from disk.
+    layers are multiplied (kernels/__init__.py). Plain tensors of the right type and layout stay mapped from disk; what
+    has to be copied is, layer by layer, without its source staying in memory.
+    join: False leaves also those plain linears mapped whose rows stand apart in the file: each becomes a JoinedLinear,
+    which costs a copy of its outputs instead of one of its weight.
     Raises LayerMismatchError listing the first five missing, doubled, unexpected and misshapen tensors each;
     UnknownFormatError and CheckpointError as the formats do.
     """
@@ -78,12 +82,15 @@ def fill(
     wanted = check(model, plan, source=source, name_missing=name_missing, hint=hint)
     for module, parameters in wanted.items():
         parts = plan[module]
+        is_linear = "weight" in parameters and isinstance(model.get_submodule(module), nn.Linear)
         if any(format_of(p.layer) for p in parts):
             filled = _packed_linear(parts, "bias" in parameters, dtype, compute)
-            if isinstance(model.get_submodule(module), nn.Linear):
+            if is_linear:
                 _replace(model, module, filled)
             else:  # an embedding table, say: nothing multiplies it, so it is unpacked once
                 _set_parameter(model, f"{module}.weight", filled.dequantize())
+        elif is_linear and not join and (apart := _apart(parts, "bias" in parameters, dtype)):
+            _replace(model, module, apart)
         else:
             for suffix, shape in parameters.items():
                 _set_parameter(model, _join_name(module, suffix), _plain(parts, suffix, dtype).reshape(shape))
@@ -177,12 +184,29 @@ def _plain(parts: Sequence[Part], suffix: str, dtype: torch.dtype) -> Tensor:
     loaded = [part.layer.load(suffix)[0] for part in parts]
     if len(parts) == 1 and parts[0].in_order:
         return loaded[0].to(dtype)
+    return torch.cat(_in_order(parts, loaded)).to(dtype)
+
+
+def _in_order(parts: Sequence[Part], loaded: Sequence[Tensor]) -> list[Tensor]:
+    """The blocks of rows of a parameter, each where it lies, in our order. loaded: what each part holds."""
     blocks = {
         block: rows
         for part, tensor in zip(parts, loaded, strict=True)
         for block, rows in zip(part.blocks, tensor.chunk(len(part.blocks)), strict=True)
     }
-    return torch.cat([blocks[i] for i in sorted(blocks)]).to(dtype)
+    return [blocks[i] for i in sorted(blocks)]
+
+
+def _apart(parts: Sequence[Part], has_bias: bool, dtype: torch.dtype) -> JoinedLinear | None:
+    """A linear whose blocks of rows stay where the file has them; None where they lie as wanted, or must be copied."""
+    from shared.quant.linear import JoinedLinear
+
+    loaded = [part.layer.load("weight")[0] for part in parts]
+    if (len(parts) == 1 and parts[0].in_order) or any(weight.dtype != dtype for weight in loaded):
+        return None
+    blocks = _in_order(parts, loaded)
+    biases = _plain(parts, "bias", dtype).chunk(len(blocks)) if has_bias else [None] * len(blocks)
+    return JoinedLinear([_plain_linear(rows, bias) for rows, bias in zip(blocks, biases, strict=True)])
 
 
 def _packed_linear(

@@ -18,12 +18,15 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.errors import CheckpointError
+from shared.quant.mapping import map_bytes
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Bits of one element.
@@ -114,35 +117,62 @@ class Checkpoint:
             return stream.read(info.nbytes)
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Tensors by name, all of them by default, mapped from disk rather than copied where the platform can.
+        """Tensors by name, all of them by default, mapped from disk rather than copied (mapping.py).
 
-        Packed GGUF matrices come as raw bytes, see gguf_file.load(). Raises CheckpointError for a header that the
-        safetensors package refuses, and for number types that torch does not have.
+        Packed GGUF matrices come as raw bytes, see gguf_file.load(). Raises CheckpointError for number types that
+        torch does not have, and for a file that has become shorter since open().
         """
-        from safetensors import SafetensorError, safe_open
-
         from shared.quant import gguf_file
 
-        wanted = list(self.tensors if names is None else names)
-        by_file: dict[Path, list[str]] = {}
-        for name in wanted:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        result: dict[str, Tensor] = {}
-        for file, in_file in by_file.items():
-            if gguf_file.is_gguf(file):
-                result.update(gguf_file.load(self.tensors[name] for name in in_file))
-                continue
-            try:
-                with safe_open(str(file), framework="pt", device="cpu") as opened:
-                    result.update((name, _readable(opened.get_tensor(name))) for name in in_file)
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: its tensors cannot be read ({error}).", "Download it again.") from error
-        return result
+        wanted = [self.tensors[name] for name in (self.tensors if names is None else names)]
+        gguf = {file for file in {info.file for info in wanted} if gguf_file.is_gguf(file)}
+        result = gguf_file.load(info for info in wanted if info.file in gguf)
+        return result | {info.name: _plain(info) for info in wanted if info.file not in gguf}
 
 
-def _readable(tensor: Tensor) -> Tensor:
-    """A copy where a number does not begin at a multiple of its size, as in mmgp's files: torch wants it to."""
-    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
+def read_mapped(info: TensorInfo) -> Tensor:
+    """A tensor's bytes as they lie in its file, uint8 (nbytes,), mapped. Raises CheckpointError if they are gone."""
+    try:
+        return map_bytes(info.file, info.offset, info.nbytes)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{info.file}: it ends before {info.name}, but did not when it was opened ({error}).",
+            "It has been altered meanwhile; try again.",
+        ) from error
+
+
+def _plain(info: TensorInfo) -> Tensor:
+    """A safetensors tensor in its own type and shape; a copy where torch cannot read it as it lies.
+
+    torch wants a number to begin at a multiple of its size, and mmgp's files do not do that.
+    """
+    dtype = _torch_types().get(info.dtype)
+    if dtype is None:
+        raise CheckpointError(
+            f"{info.file}: {info.name} is {info.dtype}, which this version of torch does not have.",
+            "Use another file of the same model.",
+        )
+    data = read_mapped(info)
+    if info.offset % dtype.itemsize:
+        data = data.clone()
+    # Two 4-bit numbers make one element of torch's type.
+    shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape
+    return data.view(dtype).view(shape)
+
+
+@cache
+def _torch_types() -> dict[str, torch.dtype]:
+    """Our names of number types -> torch's, of those that it has."""
+    import torch
+
+    names = {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64", "BOOL": "bool",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+        "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    }  # fmt: skip
+    return {ours: getattr(torch, theirs) for ours, theirs in names.items() if hasattr(torch, theirs)}
 
 
 def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

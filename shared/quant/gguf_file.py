@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.quant.checkpoint import Checkpoint, TensorInfo
+from shared.quant.checkpoint import Checkpoint, TensorInfo, read_mapped
 from shared.quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -113,19 +113,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def load(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """Tensors of GGUF files by name, mapped from disk (private pages: writing to one changes no file).
+    """Tensors of GGUF files by name, mapped from disk (mapping.py).
 
     Plain numbers come in their type and shape. Packed matrices come as uint8 (rows, bytes per row), or, where a block
     runs past the end of a row, as (blocks, bytes per block). Other packed tensors are unpacked to float32.
     """
-    import numpy
-    import torch
-
     result: dict[str, Tensor] = {}
     for info in infos:
-        # Mode "c": private pages. Read-only ones would make torch warn, and nothing here writes anyway.
-        mapped = numpy.memmap(info.file, dtype=numpy.uint8, mode="c", offset=info.offset, shape=(info.nbytes,))
-        data = torch.from_numpy(mapped)
+        data = read_mapped(info)
         if info.stored:
             result[info.name] = _unpack(data, info)
         elif info.dtype.startswith(PREFIX):

@@ -12,9 +12,11 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 
+from models.z_image import loader
 from models.z_image.loader import load_transformer, to_diffusers
-from shared.quant.checkpoint import Checkpoint
+from shared.quant import mapping
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
+from shared.quant.linear import JoinedLinear
 from tests.support.tiny_model import TINY
 
 State = dict[str, torch.Tensor]
@@ -109,20 +111,42 @@ def test_shards_and_diffusers_folders_load(tmp_path: Path, reference_transformer
     )
 
 
-def test_weights_of_the_right_type_and_layout_are_not_copied(
-    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_of_the_right_type_and_layout_are_not_copied(tmp_path: Path, state: State) -> None:
     save_file(official(state), tmp_path / "m.safetensors")
-    read: set[int] = set()
-    load = Checkpoint.load
-    monkeypatch.setattr(
-        Checkpoint, "load", lambda *a: (got := load(*a), read.update(t.data_ptr() for t in got.values()))[0]
-    )
 
     model = load_transformer(tmp_path / "m.safetensors", torch.float32)
 
-    copied = [name for name, p in model.named_parameters() if p.data_ptr() not in read]
+    copied = [name for name, p in model.named_parameters() if not mapping.is_mapped(p)]
     assert {name.rsplit(".", 2)[1] for name in copied} == {"w13"}, "only w1 and w3 are two tensors in such a file"
+
+
+@pytest.mark.parametrize("dialect", ["diffusers", "official", "nunchaku's plain layers"])
+def test_a_large_file_for_the_cpu_is_not_copied_at_all_and_draws_the_same(
+    tmp_path: Path, state: State, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(DIALECTS[dialect](state), tmp_path / "m.safetensors")
+    latents, captions = torch.randn(1, 16, 8, 8), [torch.randn(5, TINY.cap_feat_dim)]
+    joined = load_transformer(tmp_path / "m.safetensors", torch.float32, keep_mapped=True)
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+
+    apart = load_transformer(tmp_path / "m.safetensors", torch.float32, keep_mapped=True)
+
+    assert not any(isinstance(m, JoinedLinear) for m in joined.modules()), "a small file is copied all the same"
+    assert all(mapping.is_mapped(p) for p in apart.parameters())
+    with torch.no_grad():
+        drawn = [m(latents, torch.tensor([0.3]), captions) for m in (joined, apart)]
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+
+
+def test_rows_of_another_number_type_are_copied_into_one_linear(
+    tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file(state, tmp_path / "m.safetensors")
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_mapped=True)
+
+    assert not any(isinstance(m, JoinedLinear) for m in model.modules())
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["text", "base64, as mmgp"])

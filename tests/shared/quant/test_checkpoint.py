@@ -31,7 +31,7 @@ def entry(dtype: str = "F32", shape: tuple[int, ...] = (2,), offsets: tuple[int,
 
 
 def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
-    state = {f"t_{name}": torch.zeros(3, 4).to(dtype) for name, dtype in DTYPES.items()}
+    state = {f"t_{name}": torch.arange(12).view(3, 4).to(dtype) for name, dtype in DTYPES.items()}
     state["empty"], state["scalar"] = torch.zeros(0, 4), torch.tensor(2.5)
     save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt"})
 
@@ -149,3 +149,32 @@ def test_a_folder_with_two_models_asks_which(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"found a\.safetensors, b\.safetensors"):
         Checkpoint.open(tmp_path)
+
+
+def test_a_number_type_that_torch_lacks_is_named(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "m.safetensors", {"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}, bytes(3)
+    )
+
+    with pytest.raises(CheckpointError, match="w is F6_E2M3, which this version of torch does not have"):
+        Checkpoint.open(path).load()
+
+
+def test_a_file_that_became_shorter_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(3000), "b": torch.ones(3000)}, tmp_path / "m.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "m.safetensors")
+    with (tmp_path / "m.safetensors").open("r+b") as stream:
+        stream.truncate(13000)
+
+    with pytest.raises(CheckpointError, match="it ends before b, but did not when it was opened"):
+        checkpoint.load(["b"])
+
+
+def test_numbers_that_begin_anywhere_are_read(tmp_path: Path) -> None:
+    header = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [3, 11]},
+    }
+    path = write(tmp_path / "m.safetensors", header, b"abc" + torch.tensor([1.5, -2.0]).numpy().tobytes())
+
+    assert torch.equal(Checkpoint.open(path).load()["b"], torch.tensor([1.5, -2.0]))

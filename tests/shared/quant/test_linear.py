@@ -112,6 +112,20 @@ def test_parts_packed_differently_are_not_joined_but_stand_side_by_side() -> Non
     torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize()))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_plain_parts_give_what_one_linear_of_all_their_rows_gives(bias: bool) -> None:
+    parts = [nn.Linear(8, 4, bias=bias), nn.Linear(8, 4, bias=bias), nn.Linear(8, 4, bias=bias)]
+    x = torch.randn(2, 5, 8)
+    expected = torch.cat([part(x) for part in parts], dim=-1)
+    joined = JoinedLinear(parts)
+
+    with torch.no_grad():
+        got = joined(x)
+
+    torch.testing.assert_close(got, expected)
+    assert joined(x.requires_grad_()).requires_grad, "a gradient reaches the input"
+
+
 def test_the_best_kernel_that_does_not_refuse_is_chosen_once(layer: PackedLinear, table: list[kernels.Kernel]) -> None:
     asked: list[str] = []
 
