@@ -37,6 +37,7 @@ class model_factory:
     None within one step.
     place_text_encoder: None loads the text encoder at once. Else `text_encoder` is None until a prompt needs it; it is
     then loaded and given to this function, which puts it where it computes. prompt_store: remembers encoded prompts.
+    safer: names of the remedies that an earlier drawing with these files needed (`report["safer"]`).
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class model_factory:
         VAE_dtype: torch.dtype | None = None,
         place_text_encoder: Callable[[nn.Module], None] | None = None,
         prompt_store: FeatureStore | None = None,
+        safer: Sequence[str] = (),
         **_: Any,
     ) -> None:
         files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
@@ -79,7 +81,7 @@ class model_factory:
         self.vae: nn.Module = load_vae(vae_path, VAE_dtype or torch.float32)
         self.transformer = load_transformer(paths, dtype)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.pipeline = ZImagePipeline(self.transformer, encoder, self.vae, device)
+        self.pipeline = ZImagePipeline(self.transformer, encoder, self.vae, device, safer)
         self._interrupt = False
 
     @property
@@ -97,7 +99,10 @@ class model_factory:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Of the last generate(): `forwards` per picture, `sigmas`, `seconds` for text, denoise and decode."""
+        """Of the last generate(): `forwards` per picture, `sigmas`, `seconds` for text, denoise and decode, `notes`.
+
+        `safer`: the remedies that bad numbers made necessary, by name, in words; see safety.py.
+        """
         return asdict(self.pipeline.report)
 
     def generate(
@@ -112,7 +117,8 @@ class model_factory:
 
         Keywords are the host's (wan2gp-contract C1d); request.py reads the ones that matter here. callback is called
         as callback(-1, None, True, steps) first, then callback(i, latents of the first picture (16, 1, h, w), False).
-        Raises UserError for what cannot be drawn, RunError when the result is not finite.
+        A step whose numbers were bad comes again, and with it its callback. set_progress_status is told what is done
+        otherwise than asked. Raises UserError for what cannot be drawn, NumbersError for numbers that stay bad.
         """
         branch = self.transformer.control
         request = from_host_kwargs(self.model_def, kwargs, None if branch is None else branch.config)
@@ -122,8 +128,6 @@ class model_factory:
         def on_begin(steps: int) -> None:
             nonlocal announce
             announce = _host_lora_steps(self.transformer, loras_slists, steps)
-            for note in self.pipeline.report.notes:
-                tell(note)
             if callback is not None:
                 callback(-1, None, True, steps)
             announce(0)
@@ -134,7 +138,11 @@ class model_factory:
             if announce is not None and step.index + 1 < step.total:
                 announce(step.index + 1)
 
-        pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin)
+        def on_repeat(step: int) -> None:
+            assert announce is not None  # no step is made again before the first
+            announce(step)
+
+        pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin, on_repeat, tell)
         return None if pictures is None else pictures.transpose(0, 1)
 
     def encode_prompts(self, orders: Sequence[Mapping[str, Any]]) -> None:
