@@ -99,6 +99,11 @@ class ModelHolder:
         if (model := self._model) is not None:
             model.processor._interrupt = True
 
+    def stands_for(self, plan: GenerationPlan) -> None:
+        """The model in memory has become what this plan asks for: it need not be loaded again."""
+        if self._model is not None:
+            self._model.key = self._key(plan)
+
     def release(self) -> None:
         """Let go of the model and the memory it holds."""
         if self._model is None:
@@ -109,7 +114,7 @@ class ModelHolder:
 
     def _key(self, plan: GenerationPlan) -> tuple[Any, ...]:
         weights = tuple(file.path for file in plan.files if file.role not in ("lora", "preload"))
-        choices = (plan.attention.value, plan.compute.value, requested_profile(self._ctx))
+        choices = (plan.attention.value, plan.compute.value, plan.safer, requested_profile(self._ctx))
         return (plan.preset.id, weights, plan.machine, *choices)
 
     def _load(self, plan: GenerationPlan, key: tuple[Any, ...], *, defers_text_encoder: bool) -> LoadedModel:
@@ -133,6 +138,7 @@ class ModelHolder:
             tokenizer_folder=self._tokenizer_folder(plan),
             place_text_encoder=partial(self._add_text_encoder, plan) if defers_text_encoder else None,
             prompt_store=prompts,
+            safer=plan.safer,
         )
         kernels = self._resolve(plan, list(modules.values()))
         sizes = plan.memory.weights_mb if plan.memory is not None else {}
