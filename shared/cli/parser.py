@@ -72,6 +72,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         "guidance_scale": args.guidance_scale,
         "seed": args.seed,
         "batch_size": args.batch_size,
+        "error_lora_strength": args.error_lora_strength,
     }
     overrides |= {key: value for key, value in named.items() if value is not None}
     overrides |= edit_overrides(args, overrides)
@@ -196,6 +197,12 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="LoRA file, as given or in the LoRA folder; strength 1 if left out, 1,0.5 over the steps, 1;0 by halves; "
         "repeatable",
+    )
+    parser.add_argument(
+        "--error-lora-strength",
+        metavar="F",
+        type=float,
+        help="of the error-correction LoRA that lies beside a packed model's file; 0 turns it off (default: 1)",
     )
     add_edit_arguments(parser)
     parser.add_argument(
