@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 import shared.samplers as samplers
-from models.z_image import autoencoder
+from models.z_image import autoencoder, safety
 from models.z_image.conditions import Beginning
 from models.z_image.lora import LoraSet
 from models.z_image.noise import NoiseSource
 from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
 from models.z_image.text_encoder import TextEncoder
-from models.z_image.transformer import ZImageTransformer
-from shared.quant.errors import RunError
+from models.z_image.transformer import Captions, ZImageTransformer
 
 T = TypeVar("T")
+
+
+def _nobody(_note: str) -> None:
+    """Whom notes are told to when no one asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +45,31 @@ class Report:
     sigmas: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what was done otherwise than asked, in words
+    safer: dict[str, str] = field(default_factory=dict)  # remedies for bad numbers that are on: name -> in words
 
 
 class ZImagePipeline:
-    """The three modules at work on `device`; where their weights lie between calls is an offloader's business."""
+    """The three modules at work on `device`; where their weights lie between calls is an offloader's business.
+
+    safer: remedies that an earlier drawing had to take, see safety.Safeguard.
+    """
 
     def __init__(
-        self, transformer: ZImageTransformer, text_encoder: TextEncoder, vae: Any, device: torch.device
+        self,
+        transformer: ZImageTransformer,
+        text_encoder: TextEncoder,
+        vae: Any,
+        device: torch.device,
+        safer: Iterable[str] = (),
     ) -> None:
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
         self.device = device
         self.loras = LoraSet(transformer, lambda: text_encoder.model)
+        self.safeguard = safety.Safeguard(safer)
         self.report = Report()
+        self._tell: Callable[[str], None] = _nobody
 
     def __call__(
         self,
@@ -63,18 +77,34 @@ class ZImagePipeline:
         on_step: Callable[[Step], None] | None = None,
         should_stop: Callable[[], bool] = lambda: False,
         on_begin: Callable[[int], None] = lambda steps: None,
+        on_repeat: Callable[[int], None] = lambda step: None,
+        tell: Callable[[str], None] = lambda note: None,
     ) -> Tensor | None:
         """Draw a batch: (B, 3, H, W) float32 in [-1, 1], or None when should_stop() turned true between steps.
 
-        on_begin: told the number of steps before the first of them. Raises RunError naming the stage whose numbers are
-        not finite.
+        on_begin: told the number of steps before the first of them. on_repeat: told the step (0-based) that is made
+        again, with all after it, because of bad numbers; on_step then comes again too. tell: told the report's notes.
+        Raises NumbersError naming the stage whose numbers stay bad, see safety.py.
         """
-        self.report = Report()
+        self.report, self._tell = Report(safer=dict(self.safeguard.on)), tell
+        try:
+            return self._draw(request, on_step, should_stop, on_begin, on_repeat)
+        finally:
+            self._tell = _nobody
+
+    def _draw(
+        self,
+        request: GenerateRequest,
+        on_step: Callable[[Step], None] | None,
+        should_stop: Callable[[], bool],
+        on_begin: Callable[[int], None],
+        on_repeat: Callable[[int], None],
+    ) -> Tensor | None:
         self.loras.begin(request.steps)  # the prompt is encoded at the first step's strengths
         positive, negative = self._timed("text", lambda: self.encode(request))
         latents: Tensor | None = None
         began = time.perf_counter()
-        for step in self.denoise(request, positive, negative, on_begin):
+        for step in self.denoise(request, positive, negative, on_begin, on_repeat):
             latents = step.latents
             if on_step is not None:
                 on_step(step)
@@ -84,18 +114,13 @@ class ZImagePipeline:
         assert latents is not None  # a request has at least one step
         if should_stop():
             return None
-        _require_finite(latents, "the latents after the last step")
-        pictures = self._timed("decode", lambda: self.decode(latents, request.tile))
-        _require_finite(pictures, "the decoded picture")
+        pictures = self._timed("decode", lambda: self._decode_safely(latents, request.tile))
         return pictures if request.start is None else request.start.finish(pictures)
 
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
         """Features (tokens, width) of the prompt, and of the negative prompt when the guidance will need it."""
         prompts = [request.prompt] + ([request.negative_prompt] if request.needs_negative else [])
-        tell = self.report.notes.append
-        features = self.text_encoder.encode(prompts, self.device, long_prompt=request.long_prompt, tell=tell)
-        for prompt, feature in zip(prompts, features, strict=True):
-            _require_finite(feature, f"the text encoder's features of {prompt!r:.60}")
+        features = [self._features(prompt, request) for prompt in prompts]
         return features[0], features[1] if len(features) > 1 else None
 
     @torch.no_grad()
@@ -105,8 +130,12 @@ class ZImagePipeline:
         positive: Tensor,
         negative: Tensor | None = None,
         on_begin: Callable[[int], None] = lambda steps: None,
+        on_repeat: Callable[[int], None] = lambda step: None,
     ) -> Iterator[Step]:
-        """Yield a Step after each step of the request's sampler, from the seeds' noise or the request's start."""
+        """Yield a Step after each step of the request's sampler, from the seeds' noise or the request's start.
+
+        A step whose numbers turned out bad comes again, and those after it; see safety.walk.
+        """
         shape = (self.transformer.config.in_channels, request.height // 8, request.width // 8)
         source = NoiseSource(request.seeds, shape, request.variation)
         begun = self._begin(request, source.start().to(self.device))
@@ -120,10 +149,27 @@ class ZImagePipeline:
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
         )  # fmt: skip
-        walk = samplers.get(request.sampler).sample(
-            predict, begun.latents, begun.sigmas, lambda: source.draw().to(self.device)
-        )
-        for index, latents in enumerate(walk):
+
+        def sample(ask: samplers.Predict) -> Iterator[Tensor]:
+            source = NoiseSource(request.seeds, shape, request.variation)
+            source.start()
+            walk = samplers.get(request.sampler)
+            return walk.sample(ask, begun.latents, begun.sigmas, lambda: source.draw().to(self.device))
+
+        def ask(*question: Any) -> Tensor:
+            with self.safeguard.computing():
+                return predict(*question)
+
+        def go_back(step: int) -> None:
+            self.loras.set_step(step)
+            on_repeat(step)
+            predict.set_prompts(self._prompts(request, positive, negative))
+
+        walk = safety.walk(
+            sample, ask, total, go_back=go_back, helped=self._helped,
+            remedies=lambda: self.safeguard.remedies(self.transformer, self.device),
+        )  # fmt: skip
+        for index, latents in walk:
             self.report.forwards = predict.forwards
             yield Step(index, total, begun.sigmas[index + 1], latents)
             if self.loras.set_step(index + 1):
@@ -132,7 +178,8 @@ class ZImagePipeline:
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to latents (B, 16, H/8, W/8) float32 on the pipeline's device."""
-        return autoencoder.encode(self.vae, pictures.to(self.device)).to(self.device)
+        with self.safeguard.computing():
+            return autoencoder.encode(self.vae, pictures.to(self.device)).to(self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
@@ -142,7 +189,11 @@ class ZImagePipeline:
     def _prompts(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None) -> Prompts:
         """The features refined, for each picture."""
         count = len(request.seeds)
-        refine = self.transformer.encode_captions
+
+        def refine(features: list[Tensor]) -> Captions:
+            with self.safeguard.computing():
+                return self.transformer.encode_captions(features)
+
         early = None
         if request.diversity.active:
             early = refine([request.diversity.disturb(positive, seed) for seed in request.seeds])
@@ -152,6 +203,43 @@ class ZImagePipeline:
             early=early,
             early_end=request.diversity.end,
         )
+
+    def _features(self, prompt: str, request: GenerateRequest) -> Tensor:
+        """(tokens, width) of one prompt, on the device."""
+
+        def encode() -> Tensor:
+            with self.safeguard.computing():
+                return self.text_encoder.encode(
+                    [prompt], self.device, long_prompt=request.long_prompt, tell=self._note
+                )[0]
+
+        return safety.attempt(
+            lambda: encode()[None], f"the text encoder's features of {prompt!r:.60}", helped=self._helped,
+            remedies=lambda: self.safeguard.remedies(self.text_encoder.model, self.device),
+        )[0]  # fmt: skip
+
+    def _decode_safely(self, latents: Tensor, tile: int) -> Tensor:
+        def decode() -> Tensor:
+            with self.safeguard.computing():
+                return self.decode(latents, tile)
+
+        pictures = safety.attempt(
+            decode, "the decoded picture", helped=self._helped, may_be_flat=True,
+            remedies=lambda: self.safeguard.remedies(self.vae, self.device),
+        )  # fmt: skip
+        if safety.verdict_now(pictures) == safety.FLAT:
+            self._note("The picture is of one colour all over, also when decoded in another way.")
+        return pictures
+
+    def _helped(self, remedy: safety.Remedy, what: str) -> None:
+        self.safeguard.keep(remedy)
+        self.report.safer = dict(self.safeguard.on)
+        self._note(f"Bad numbers in {what}; made again with {remedy.words}, which helped.")
+
+    def _note(self, note: str) -> None:
+        if note not in self.report.notes:
+            self.report.notes.append(note)
+            self._tell(note)
 
     def _begin(self, request: GenerateRequest, noise: Tensor) -> Beginning:
         sigmas = request.noise_levels()
@@ -169,11 +257,3 @@ class ZImagePipeline:
         if self.device.type == "cuda" and torch.cuda.is_available():
             torch.cuda.synchronize(self.device)
         self.report.seconds[stage] = time.perf_counter() - began
-
-
-def _require_finite(tensor: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise RunError(
-            f"Not drawn: {what} hold NaN or infinite numbers.",
-            "Weights or their number format do not suit this device; try another dtype or file.",
-        )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.choices import SAFER_FILE, SaferChoices
 from shared.app.download import FileStore, default_hub_cache
 from shared.app.families import Families, load_families
 from shared.app.metadata import write_file
@@ -145,6 +146,10 @@ class AppContext:
         if not isinstance(size, int) or size < 0:
             raise UserError(f'"prompt_cache_mb" must be a whole number of MB, got {size}.', "0 turns the cache off.")
         return PromptCache(self.root / PROMPT_FOLDER, size * 10**6) if size else None
+
+    def safer_choices(self) -> SaferChoices:
+        """What bad numbers made necessary, by weights file and device."""
+        return SaferChoices(self.settings_folder / SAFER_FILE)
 
     def settings_path(self, preset: Preset) -> Path:
         return self.settings_folder / f"{preset.id}_settings.json"

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.annotators import annotator_of, folder_of
 from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect, ram_bytes
 from shared.app.loras import Strength
 from shared.app.memory import MIB, MemoryEstimate, estimate_memory
 from shared.app.offload import automatic_profile, budgets_mib, find_profile
 from shared.app.presets import QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
+from shared.preprocess import FILES
 from shared.quant.checkpoint import SUFFIXES
 from shared.quant.error_lora import find_beside
 from shared.quant.errors import UserError
-from shared.quant.kernels import COMPUTES
+from shared.quant.kernels import COMPUTES, REFERENCE
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
@@ -87,6 +89,7 @@ class GenerationPlan:
     machine: Machine
     attention: Choice
     compute: Choice  # one of kernels.COMPUTES; which kernels that comes to is known when the weights are loaded
+    safer: tuple[str, ...]  # what an earlier drawing had to do against bad numbers and this one begins with, by name
     offload: Choice
     memory: MemoryEstimate | None
 
@@ -135,18 +138,28 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
     files = find_files(ctx, wanted_files(ctx, preset, machine.device))
     chosen = (*_error_lora(files, settings), *preset.loras, *settings.loras)
     loras = [(choice, _find_lora(ctx, preset, choice)) for choice in chosen]
+    remembered = _remembered(ctx, files, machine.device)
+    machine = _in_safer_type(machine, remembered)
     rule = attention_rule(preset, machine.device.capability)
     requested = str(getattr(ctx.args, "attention", "") or ctx.config.get("attention") or "auto")
     attention = Choice(*choose_attention(requested, rule, machine.device))
+    if requested != "auto":
+        remembered = {name: why for name, why in remembered.items() if name != "attention"}
+    elif "attention" in remembered:
+        attention = Choice("sdpa", remembered["attention"])
+    compute = choose_compute(ctx)
+    if compute.value == "auto" and "compute" in remembered:
+        compute = Choice(REFERENCE, remembered["compute"])
     offload, memory = _weigh(ctx, preset, settings, files, machine)
     return GenerationPlan(
         preset=preset,
         settings=settings,
-        files=(*files, *(file for _, file in loras)),
+        files=(*files, *(file for _, file in loras), *_annotator_files(ctx, settings)),
         lora_strengths=tuple(choice.strength() for choice, _ in loras),
         machine=machine,
         attention=attention,
-        compute=choose_compute(ctx),
+        compute=compute,
+        safer=tuple(remembered),
         offload=offload,
         memory=memory,
     )
@@ -233,6 +246,25 @@ def find_machine_quickly(preset: Preset, prefer: str = "") -> Machine:
     return Machine(device, Choice("float32", "this CPU has no bfloat16 arithmetic, float32 is faster"))
 
 
+def safer_type(machine: Machine) -> str | None:
+    """The number type to take when float16 was too narrow; None when the type is as wide as another already."""
+    if machine.dtype.value != "float16":
+        return None
+    # Half as large as float32, and though some cards only imitate bfloat16, every CUDA card knows it.
+    return "bfloat16" if machine.device.kind == "cuda" else "float32"
+
+
+def _remembered(ctx: AppContext, files: Sequence[PlannedFile], device: DeviceInfo) -> Mapping[str, str]:
+    """What bad numbers made necessary for the transformer's file on this device, and why."""
+    weights = next((file.path for file in files if file.role == "transformer" and file.path is not None), None)
+    return {} if weights is None else ctx.safer_choices().find(weights, device)
+
+
+def _in_safer_type(machine: Machine, remembered: Mapping[str, str]) -> Machine:
+    wider = safer_type(machine) if "dtype" in remembered else None
+    return machine if wider is None else Machine(machine.device, Choice(wider, remembered["dtype"]))
+
+
 def _weigh(
     ctx: AppContext,
     preset: Preset,
@@ -284,12 +316,25 @@ def _choose_offload(
     return choice, max(min(budgets[name] or size / MIB, size / MIB) for name, size in weights.items())
 
 
-def _error_lora(files: Sequence[PlannedFile], settings: GenerationSettings) -> tuple[LoraChoice, ...]:
-    """The error-correction LoRA that lies beside the transformer's file, unless it is turned off."""
+def beside_transformer(files: Sequence[PlannedFile]) -> Path | None:
+    """The error-correction LoRA that lies beside the transformer's file."""
     transformer = next((file.path for file in files if file.role == "transformer"), None)
-    if transformer is None or not settings.error_lora_strength:
-        return ()
-    path = find_beside(transformer)
+    return None if transformer is None else find_beside(transformer)
+
+
+def _annotator_files(ctx: AppContext, settings: GenerationSettings) -> list[PlannedFile]:
+    """What the preprocessor of the control picture needs."""
+    name = annotator_of(settings.edit)
+    found = [(file.url, ctx.files.locate(file.url, subfolder=folder_of(name))) for file in FILES.get(name, ())]
+    return [
+        PlannedFile(role="annotator", url=url, subfolder=folder_of(name), path=located.path, note=located.note)
+        for url, located in found
+    ]
+
+
+def _error_lora(files: Sequence[PlannedFile], settings: GenerationSettings) -> tuple[LoraChoice, ...]:
+    """The one beside the transformer's file, unless it is turned off."""
+    path = beside_transformer(files) if settings.error_lora_strength else None
     return () if path is None else (LoraChoice(str(path), f"{settings.error_lora_strength:g}"),)
 
 

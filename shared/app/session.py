@@ -10,12 +10,13 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.annotators import fetch
 from shared.app.download import DownloadCancelled, DownloadProgress
 from shared.app.editing import Edit, Pass, open_edit
 from shared.app.loading import LoadedModel, ModelHolder
@@ -24,18 +25,21 @@ from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
 from shared.app.metadata import build_record, save_image
 from shared.app.output import OutputPlace, resolve_output
 from shared.app.plan import (
+    Choice,
     GenerationPlan,
+    Machine,
     PlannedFile,
     find_machine,
     find_machine_quickly,
     make_plan,
     requested_device,
+    safer_type,
 )
 from shared.app.presets import Preset
 from shared.app.prompts import WILDCARD_FOLDER, pictures
 from shared.app.settings import MAX_SEED
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.errors import RunError
+from shared.quant.errors import NumbersError, RunError, UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -260,6 +264,7 @@ class _Run:
         self._kernels: list[str] = []
         self._files: list[dict[str, str]] = []
         self._loras: list[dict[str, Any]] = []
+        self._safer: dict[str, str] = {}
 
     def __call__(self, output: Path | str | None) -> GenerationResult:
         began = time.perf_counter()
@@ -303,27 +308,67 @@ class _Run:
             self._fetch(plan.missing)
             # Planned again: now the sizes are known, and with them the memory profile.
             plan = make_plan(self._ctx, self._preset, self._settings, plan.machine)
-        downloaded = time.perf_counter()
+        edit = edit.with_preprocessor(fetch(self._ctx.files, self._settings.edit))
         self._stop_if_asked()
         hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
+        self._seconds["load"] = planned - began
+        try:
+            self._draw_planned(plan, edit, place, hashes)
+        except NumbersError as error:
+            self._draw_planned(self._plan_in_safer_type(plan, error), edit, place, hashes)
+
+    def _draw_planned(self, plan: GenerationPlan, edit: Edit, place: OutputPlace, hashes: _Hashes) -> None:
+        """Load the model of the plan and draw every picture that is not drawn yet."""
+        began = time.perf_counter()
         orders = [settings.host_kwargs() for settings in self._alone]
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)), orders)
         self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
         self._loras = [match.as_dict() for match in model.lora_matches]
         for match in self._loras:
             self._announce(Status(match_words(match)))
-        self._seconds["text"] = model.text_seconds
-        self._seconds["load"] = (planned - began) + (time.perf_counter() - downloaded) - model.text_seconds
+        self._seconds["text"] += model.text_seconds
+        self._seconds["load"] += time.perf_counter() - began - model.text_seconds
 
         clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
-        for index in range(len(self._alone)):
+        for index in range(len(self._images), len(self._alone)):
             self._stop_if_asked()
             picture, seconds = self._draw_one(model, edit, index, clock)
+            plan = self._remember_remedies(plan, model)
             self._files = hashes.result()
             if model.prompts is not None:
                 model.prompts.flush()  # the text encoder's hash is known by now
             self._save(place, plan, edit, picture, index, seconds)
             clock.image_done()
+
+    def _remember_remedies(self, plan: GenerationPlan, model: LoadedModel) -> GenerationPlan:
+        """Keep in mind what the model had to do against bad numbers; returns the plan that begins with it."""
+        self._safer = dict(model.processor.report.get("safer") or {})
+        new = {name: words for name, words in self._safer.items() if name not in plan.safer}
+        if not new:
+            return plan
+        why = {name: f"{words}: with others, numbers were bad on this device" for name, words in new.items()}
+        self._remember(plan, why)
+        plan = make_plan(self._ctx, self._preset, self._settings, plan.machine)
+        self._model.stands_for(plan)
+        return plan
+
+    def _plan_in_safer_type(self, plan: GenerationPlan, error: NumbersError) -> GenerationPlan:
+        """The plan in a wider number type, which is remembered. Raises the error when there is none."""
+        wider = safer_type(plan.machine)
+        if wider is None:
+            raise error
+        why = f"numbers were bad in {plan.machine.dtype.value} on this device"
+        self._announce(Status(f"{error.message} Drawing again in {wider}: {why}."))
+        self._remember(plan, {"dtype": why})
+        machine = Machine(plan.machine.device, Choice(wider, why))
+        return make_plan(self._ctx, self._preset, self._settings, machine)
+
+    def _remember(self, plan: GenerationPlan, choices: Mapping[str, str]) -> None:
+        """Begin with these choices next time; a folder that cannot be written is no reason not to draw."""
+        try:
+            self._ctx.safer_choices().remember(plan.paths("transformer")[0], plan.machine.device, choices)
+        except UserError as error:
+            self._announce(Status(f"This is not remembered for the next picture: {error.message}"))
 
     def _fetch(self, missing: Iterable[PlannedFile]) -> None:
         """Download files. Raises UserError for one that cannot be downloaded, saying where to put it."""
@@ -378,7 +423,8 @@ class _Run:
                 clock.steps = steps * passes
                 return
             done = drawn * steps + step + 1
-            _require_finite(latents, f"the latents after step {step + 1} of {steps}", self._preset, seed)
+            if latents.device.type == "cpu":  # where looking is free; a family looks after its numbers itself
+                _require_finite(latents, f"the latents after step {step + 1} of {steps}", self._preset, seed)
             left = clock.step_done(done)
             self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left))
 
@@ -427,6 +473,7 @@ class _Run:
                 "dtype": plan.machine.dtype.value,
                 "attention": plan.attention.value,
                 **({"kernels": self._kernels} if self._kernels else {}),
+                **({"safer": self._safer} if self._safer else {}),
                 # names only: a picture that is passed on should not tell where its maker keeps files
                 "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
                 **({"loras": loras} if loras else {}),

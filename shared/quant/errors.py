@@ -19,6 +19,10 @@ class RunError(UserError):
     """Something failed that is not the user's mistake: no network, a full disk, NaN in the result (exit code 1)."""
 
 
+class NumbersError(RunError):
+    """NaN, infinity or one value everywhere where a picture should be, whatever could be done about it in place."""
+
+
 class CheckpointError(UserError):
     """A weights file that cannot be used: truncated, foreign, a pickle."""
 

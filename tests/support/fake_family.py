@@ -64,6 +64,7 @@ class FakeProcessor:
     on_call: Callable[[FakeProcessor, int], None] = lambda processor, step: None  # before each step, 0-based
     spoil: str = ""  # "latents" or "picture": NaN there
     report: dict[str, Any] = field(default_factory=dict)
+    remedies: dict[str, str] = field(default_factory=dict)  # what it says it did against bad numbers
 
     def generate(self, *, callback: Callable[..., None] | None = None, **kwargs: Any) -> Tensor | None:
         self.calls.append(kwargs)
@@ -83,6 +84,7 @@ class FakeProcessor:
         if self._interrupt:
             return None
         self.report = {"forwards": steps, "seconds": {"text": 0.25, "denoise": 1.0, "decode": 0.5}, "sigmas": []}
+        self.report["safer"] = dict(self.remedies)
         pixels = torch.rand((3, 1, kwargs["height"], kwargs["width"]), generator=generator) * 2 - 1
         if self.spoil == "picture":
             pixels[0, 0, 0, 0] = torch.inf
@@ -99,6 +101,7 @@ class FakeHandler:
     """The handler contract's methods; a host calls them on the class, this object answers just the same."""
 
     loads: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)  # arguments of each load_model()
+    built: list[list[str]] = field(default_factory=list)  # the modules that each load_model() had to make
     processors: list[FakeProcessor] = field(default_factory=list)
     prepare: Callable[[FakeProcessor], None] = lambda processor: None  # called on each processor that is loaded
 
@@ -125,7 +128,9 @@ class FakeHandler:
 
     def load_model(self, *args: Any, **kwargs: Any) -> tuple[FakeProcessor, dict[str, nn.Module]]:
         self.loads.append((args, kwargs))
-        modules = {name: nn.Linear(2, 2) for name in ("transformer", "text_encoder", "vae")}
+        given = kwargs.get("parts") or {}
+        modules = {name: given.get(name) or nn.Linear(2, 2) for name in ("transformer", "text_encoder", "vae")}
+        self.built.append(sorted(modules.keys() - given.keys()))
         processor = FakeProcessor(**modules)
         self.prepare(processor)
         self.processors.append(processor)

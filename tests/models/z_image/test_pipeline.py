@@ -17,7 +17,7 @@ from models.z_image.pipeline import ZImagePipeline
 from models.z_image.request import GenerateRequest
 from models.z_image.z_image_main import model_factory
 from shared import samplers
-from shared.quant.errors import RunError
+from shared.quant.errors import NumbersError
 from tests.support.tiny_model import relative_error
 
 
@@ -292,5 +292,5 @@ def test_not_a_number_is_named_and_not_drawn(model_folder: Path) -> None:
     broken = model_factory(model_filename=model_folder / "transformer.safetensors", dtype=torch.float32).pipeline
     broken.transformer.final_layer.linear.bias.data.fill_(float("nan"))
 
-    with pytest.raises(RunError, match="latents after the last step hold NaN"):
+    with pytest.raises(NumbersError, match="infinite numbers in the latents after step 1 of 1"):
         broken(GenerateRequest(prompt="x", width=32, height=32, steps=1))
