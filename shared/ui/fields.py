@@ -51,13 +51,17 @@ class Fields:
     loras: tuple[str, ...]  # files in the family's LoRA folder
     activated_loras: tuple[str, ...]
     loras_multipliers: str
+    has_error_lora: bool  # one that corrects the model's packing lies beside its file
+    error_lora_strength: float
 
     def uses_negative_prompt(self, guidance_scale: float, nag_scale: float) -> bool:
         """Whether a negative prompt changes the picture: through guidance above 0, or through NAG above 1."""
         return (self.has_guidance and guidance_scale > 0) or (self.has_nag and nag_scale > 1)
 
 
-def fields_for(preset: Preset, values: Mapping[str, Any], loras: Sequence[str] = ()) -> Fields:
+def fields_for(
+    preset: Preset, values: Mapping[str, Any], loras: Sequence[str] = (), *, has_error_lora: bool = False
+) -> Fields:
     """The form of `preset` filled with `values` (host key names) over the preset's own settings.
 
     loras: the files that may be chosen; chosen files that are not among them are left out.
@@ -93,6 +97,8 @@ def fields_for(preset: Preset, values: Mapping[str, Any], loras: Sequence[str] =
         loras=tuple(loras),
         activated_loras=chosen,
         loras_multipliers=str(settings.get("loras_multipliers") or "") if chosen else "",
+        has_error_lora=has_error_lora,
+        error_lora_strength=float(settings.get("error_lora_strength", 1.0)),
     )
 
 
@@ -116,6 +122,7 @@ def overrides(fields: Fields, entered: Mapping[str, Any]) -> dict[str, Any]:
         **dict.fromkeys(("NAG_scale", "NAG_tau", "NAG_alpha"), fields.has_nag),
         "activated_loras": True,
         "loras_multipliers": bool(entered["activated_loras"]),
+        "error_lora_strength": True,
     }
     taken = {key: entered[key] for key, is_known in known.items() if is_known and entered[key] is not None}
     return {"resolution": size, **taken}

@@ -45,6 +45,7 @@ class SettingsPanel:
     lora_group: gr.Accordion
     activated_loras: gr.Dropdown
     loras_multipliers: gr.Textbox
+    error_lora_strength: gr.Slider
     advanced: gr.Accordion
     flow_shift: gr.Slider
     sample_solver: gr.Dropdown
@@ -98,6 +99,10 @@ def build_settings_panel() -> SettingsPanel:
         loras_multipliers = gr.Textbox(label="Strengths", elem_id="lora-strengths", placeholder="1 0.8",
                                        info="One per file, in the same order; left out means 1. "
                                             "1,0.5 changes over the steps, 1;0 by halves.")  # fmt: skip
+        error_lora_strength = gr.Slider(
+            0, 2, value=1, step=0.05, label="Error correction", elem_id="error-lora", buttons=[], visible=False,
+            info="Strength of the LoRA beside the model's file that gives back what packing took; 0 turns it off.",
+        )  # fmt: skip
     with gr.Accordion("Advanced", elem_id="advanced", open=False, visible=False) as advanced:
         sample_solver = gr.Dropdown(label="Sampler", elem_id="sampler", choices=[], value=None, visible=False)
         flow_shift = gr.Slider(0.5, 12, value=3, step=0.1, label="Flow shift", elem_id="flow-shift", visible=False,
@@ -117,6 +122,7 @@ def build_settings_panel() -> SettingsPanel:
         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
         seed=seed, random_seed=random_seed, reuse_seed=reuse_seed, batch_size=batch_size,
         lora_group=lora_group, activated_loras=activated_loras, loras_multipliers=loras_multipliers,
+        error_lora_strength=error_lora_strength,
         advanced=advanced, flow_shift=flow_shift, sample_solver=sample_solver,
         nag_group=nag_group, NAG_scale=nag_scale, NAG_tau=nag_tau, NAG_alpha=nag_alpha,
         picture=picture, use_settings=use_settings,
@@ -127,7 +133,8 @@ def input_components(compose: ComposePanel, settings: SettingsPanel) -> dict[str
     """The components a generation reads, by settings key (plus width and height of a custom size)."""
     keys = (
         "resolution", "width", "height", "num_inference_steps", "guidance_scale", "seed", "batch_size",
-        "activated_loras", "loras_multipliers", "flow_shift", "sample_solver", "NAG_scale", "NAG_tau", "NAG_alpha",
+        "activated_loras", "loras_multipliers", "error_lora_strength",
+        "flow_shift", "sample_solver", "NAG_scale", "NAG_tau", "NAG_alpha",
     )  # fmt: skip
     of_settings = {key: getattr(settings, key) for key in keys}
     return {
@@ -164,9 +171,10 @@ def form_updates(compose: ComposePanel, settings: SettingsPanel, form: Fields) -
         settings.batch_size: gr.update(
             value=min(form.batch_size, form.batch_max), maximum=form.batch_max, visible=form.batch_max > 1
         ),
-        settings.lora_group: gr.update(visible=bool(form.loras)),
+        settings.lora_group: gr.update(visible=bool(form.loras) or form.has_error_lora),
         settings.activated_loras: gr.update(choices=list(form.loras), value=list(form.activated_loras)),
         settings.loras_multipliers: form.loras_multipliers,
+        settings.error_lora_strength: gr.update(value=form.error_lora_strength, visible=form.has_error_lora),
         settings.advanced: gr.update(visible=form.has_flow_shift or form.has_nag or bool(form.solvers)),
         settings.flow_shift: gr.update(value=form.flow_shift, visible=form.has_flow_shift),
         settings.sample_solver: gr.update(

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from shared.app.annotators import missing_megabytes
 from shared.app.context import DEFAULT_PRESET
 from shared.app.metadata import read_record
-from shared.app.plan import find_files, wanted_files
+from shared.app.plan import beside_transformer, find_files, wanted_files
 from shared.app.presets import Preset
 from shared.app.session import Downloading, Event, GenerationResult, ImageDone, StepDone
 from shared.app.settings import GenerationSettings
@@ -193,15 +194,19 @@ class Page:
         counts = preset is not None and fields_for(preset, {}).uses_negative_prompt(guidance_scale or 0, nag_scale or 1)
         return gr.update(visible=counts)
 
-    def control_previewed(self, entered: Mapping[Any, Any]) -> Updates:
+    def control_previewed(self, entered: Mapping[Any, Any]) -> Iterator[Updates]:
         """Show what the ControlNet will be shown, without drawing."""
         try:
             preset, settings = self._order(entered)
-            seen = control_preview(preset, settings, self.ctx.output_folder)
+            if megabytes := missing_megabytes(self.ctx.files, settings.edit):
+                words = f"Downloading {megabytes:.0f} MB for {settings.edit.control_preprocessor} pictures…"
+                yield {self.result.status: result_panel.note(words)}
+            seen = control_preview(preset, settings, self.ctx.output_folder, self.ctx.files)
         except UserError as error:
-            return {self.result.status: result_panel.failure(error)}
+            yield {self.result.status: result_panel.failure(error)}
+            return
         words = f"What the model sees: {seen.width} × {seen.height}."
-        return {
+        yield {
             self.result.status: result_panel.note(words),
             self.edit.preview_image: gr.update(value=seen, visible=True),
         }
@@ -250,8 +255,10 @@ class Page:
         if values is None:
             values, unread = self._defaults(preset)
             problems += unread
-        fields = fields_for(preset, values, find_loras(self.ctx.lora_folder(preset)))
-        missing = sum(file.path is None for file in find_files(self.ctx, wanted_files(self.ctx, preset)))
+        files = find_files(self.ctx, wanted_files(self.ctx, preset))
+        loras = find_loras(self.ctx.lora_folder(preset))
+        fields = fields_for(preset, values, loras, has_error_lora=beside_transformer(files) is not None)
+        missing = sum(file.path is None for file in files)
         note = preset_note(preset.description, missing_files=missing, problems=problems)
         return {
             self.compose.preset_note: note,

@@ -76,9 +76,10 @@ def test_what_is_not_given_is_left_to_the_preset() -> None:
 
 
 def test_zero_and_empty_are_values() -> None:
-    args = parse("generate", "", "--guidance-scale", "0", "--negative-prompt", "", "--seed", "0")
+    args = parse("generate", "", "--guidance-scale=0", "--negative-prompt", "", "--seed=0", "--error-lora-strength=0")
 
-    assert overrides_of(args) == {"prompt": "", "guidance_scale": 0.0, "negative_prompt": "", "seed": 0}
+    expected = {"prompt": "", "guidance_scale": 0.0, "negative_prompt": "", "seed": 0, "error_lora_strength": 0.0}
+    assert overrides_of(args) == expected
 
 
 @pytest.mark.parametrize(

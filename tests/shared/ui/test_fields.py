@@ -15,8 +15,8 @@ def entered(**changes: Any) -> dict[str, Any]:
     return {
         "prompt": "a red circle", "negative_prompt": "blue", "resolution": "256x256", "width": 640, "height": 480,
         "num_inference_steps": 8, "guidance_scale": 4.0, "seed": -1, "batch_size": 1, "activated_loras": [],
-        "loras_multipliers": "", "flow_shift": 3.0, "sample_solver": None, "NAG_scale": 1.0, "NAG_tau": 3.5,
-        "NAG_alpha": 0.5,
+        "loras_multipliers": "", "error_lora_strength": 1.0, "flow_shift": 3.0, "sample_solver": None,
+        "NAG_scale": 1.0, "NAG_tau": 3.5, "NAG_alpha": 0.5,
     } | changes  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_an_order_leaves_out_what_the_model_does_not_know(preset_of) -> None:
 
     assert order == {
         "prompt": "a red circle", "resolution": "256x256", "num_inference_steps": 8, "seed": -1, "batch_size": 1,
-        "activated_loras": [],
+        "activated_loras": [], "error_lora_strength": 1.0,
     }  # fmt: skip
 
 

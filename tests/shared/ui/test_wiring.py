@@ -40,8 +40,8 @@ def entered(page: Page) -> Callable[..., dict[Any, Any]]:
         values = {
             "preset": "z_image_demo", "prompt": "a red circle", "negative_prompt": "", "resolution": "256x256",
             "width": 256, "height": 256, "num_inference_steps": 4, "guidance_scale": 0, "seed": 5, "batch_size": 1,
-            "activated_loras": [], "loras_multipliers": "", "flow_shift": 3, "sample_solver": None, "NAG_scale": 1,
-            "NAG_tau": 3.5, "NAG_alpha": 0.5,
+            "activated_loras": [], "loras_multipliers": "", "error_lora_strength": 1, "flow_shift": 3,
+            "sample_solver": None, "NAG_scale": 1, "NAG_tau": 3.5, "NAG_alpha": 0.5,
         }  # fmt: skip
         parts = input_components(page.compose, page.settings)
         assert set(changes) <= set(values)
@@ -154,6 +154,21 @@ def test_lora_files_of_the_family_are_offered_and_ordered(page: Page, context, e
     list(page.draw(entered(activated_loras=["style.safetensors"], loras_multipliers="0.5"), THIS_PAGE))
     [(_, settings)] = context.session.orders
     assert [(lora.file, lora.multiplier) for lora in settings.loras] == [("style.safetensors", "0.5")]
+
+
+def test_the_lora_that_corrects_packing_is_offered_where_it_lies_beside_the_file(
+    page: Page, context, entered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = page.preset_picked("guided")
+    monkeypatch.setattr("shared.ui.wiring.beside_transformer", lambda files: Path("model_lora.safetensors"))
+    shown = page.preset_picked("guided")
+
+    assert not visible(alone[page.settings.error_lora_strength])
+    assert visible(shown[page.settings.lora_group])
+    assert visible(shown[page.settings.error_lora_strength])
+    list(page.draw(entered(error_lora_strength=0.5), THIS_PAGE))
+    [(_, settings)] = context.session.orders
+    assert settings.error_lora_strength == 0.5
 
 
 # ---- drawing
