@@ -25,23 +25,22 @@ class TwoViews(NamedTuple):
     combine: Callable[[Tensor, Tensor], Tensor]
 
 
-def attend(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, mask: Tensor | TwoViews | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v for (batch, tokens, heads, head width) tensors of one type.
+def attend(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | TwoViews | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v for (batch, heads, tokens, head width) tensors of one type.
 
     mask: bool, broadcastable to (B, H, S, S), true where a key may be seen; None sees all. TwoViews: see there.
-    Returns (B, S, H, E). Computed by torch's own choice of flash, memory-efficient or plain kernel.
+    Returns (B, H, S, E). Computed by torch's own choice of flash, memory-efficient or plain kernel.
     """
     if isinstance(mask, TwoViews):
-        return _attend_twice(q_BSHE, k_BSHE, v_BSHE, mask)
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHE, k_BSHE, v_BSHE))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return _attend_twice(q_BHSE, k_BHSE, v_BHSE, mask)
+    return F.scaled_dot_product_attention(q_BHSE, k_BHSE, v_BHSE, attn_mask=mask)
 
 
-def _attend_twice(q_BSHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, views: TwoViews) -> Tensor:
+def _attend_twice(q_BHSE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, views: TwoViews) -> Tensor:
     image, joint = views.image, views.image + views.caption
-    q, k, v = (x[:, :joint] for x in (q_BSHE, k_BSHE, v_BSHE))
+    q, k, v = (x[:, :, :joint] for x in (q_BHSE, k_BHSE, v_BHSE))
     first = attend(q, k, v, views.mask)
-    q, k, v = (torch.cat([x[:, :image], x[:, joint:]], dim=1) for x in (q_BSHE, k_BSHE, v_BSHE))
+    q, k, v = (torch.cat([x[:, :, :image], x[:, :, joint:]], dim=2) for x in (q_BHSE, k_BHSE, v_BHSE))
     second = attend(q, k, v, views.negative_mask)
-    guided = views.combine(first[:, :image], second[:, :image])
-    return torch.cat([guided, first[:, image:], second[:, image:]], dim=1)
+    guided = views.combine(first[:, :, :image].transpose(1, 2), second[:, :, :image].transpose(1, 2)).transpose(1, 2)
+    return torch.cat([guided, first[:, :, image:], second[:, :, image:]], dim=2)

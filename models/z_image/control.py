@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from models.z_image.config import TransformerConfig
 from models.z_image.control_config import ControlConfig
-from models.z_image.transformer import Block, Rotation, pad_tokens, patchify
+from models.z_image.modulation import Moment
+from models.z_image.transformer import Block, pad_tokens, patchify
 
 
 class ControlSignal(NamedTuple):
@@ -51,7 +52,7 @@ class ControlBlock(Block):
         self.after_proj = nn.Linear(config.dim, config.dim)
 
     def forward(  # type: ignore[override]
-        self, c_BSD: Tensor, rope: Rotation, mask: Tensor | None, time_BT: Tensor, trunk_BSD: Tensor | None = None
+        self, c_BSD: Tensor, rope: Tensor, mask: Tensor | None, moment: Moment, trunk_BSD: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """(the branch's stream, the hint). trunk_BSD: the trunk's stream, for the first block of a stage only.
 
@@ -59,7 +60,7 @@ class ControlBlock(Block):
         """
         if trunk_BSD is not None:
             c_BSD = self.before_proj(c_BSD) + trunk_BSD
-        c_BSD = super().forward(c_BSD, rope, mask, time_BT)
+        c_BSD = super().forward(c_BSD, rope, mask, moment)
         return c_BSD, self.after_proj(c_BSD)
 
 
@@ -77,9 +78,7 @@ class ControlBranch(nn.Module):
         )
         self.layers = nn.ModuleList(ControlBlock(config, first=i == 0) for i in range(len(control.places)))
 
-    def follow(
-        self, signal: ControlSignal, x_BND: Tensor, rope: Rotation, time_BT: Tensor, pad_token: Tensor
-    ) -> Follower:
+    def follow(self, signal: ControlSignal, x_BND: Tensor, rope: Tensor, moment: Moment, pad_token: Tensor) -> Follower:
         """Begin beside the trunk's embedded, not yet refined image tokens (B, N, D). Raises ValueError for a context
         of other channels, size or batch."""
         batch, count = x_BND.shape[0], x_BND.shape[1]
@@ -90,7 +89,7 @@ class ControlBranch(nn.Module):
         if tokens.shape[0] not in (1, batch) or not count - 32 < tokens.shape[1] <= count:
             raise ValueError(f"control context {list(context.shape)} does not go with {batch} images of {count} tokens")
         c_BND = pad_tokens(self.x_embedder(tokens), count, pad_token).expand(batch, -1, -1)
-        return Follower(self, c_BND, x_BND, rope, time_BT, signal.weight)
+        return Follower(self, c_BND, x_BND, rope, moment, signal.weight)
 
 
 class Follower:
@@ -101,12 +100,12 @@ class Follower:
         branch: ControlBranch,
         c_BND: Tensor,
         x_BND: Tensor,
-        rope: Rotation,
-        time_BT: Tensor,
+        rope: Tensor,
+        moment: Moment,
         weight: float,
     ) -> None:
         self._branch, self._config, self._weight = branch, branch.config, weight
-        self._stream, self._time = c_BND, time_BT
+        self._stream, self._moment = c_BND, moment
         self._trunk: Tensor | None = x_BND  # until the stage's first block has taken it in
         self._rope = rope
         self._mask: Tensor | None = None
@@ -119,14 +118,14 @@ class Follower:
             return x_BND
         return x_BND + self._weight * self._next_hint()
 
-    def join(self, x_BSD: Tensor, captions_BLD: Tensor, rope: Rotation, mask: Tensor | None) -> None:
+    def join(self, x_BSD: Tensor, captions_BLD: Tensor, rope: Tensor, mask: Tensor | None) -> None:
         """Go on beside the trunk's layers: x_BSD is what their first gets, image and caption tokens.
 
         Runs what of the refiner stage nobody wanted a hint of: all of a plain one, 13 of the 15 layers of a 2.0 one.
         """
         while self._waiting:
             if self._config.refiner == "plain":
-                self._stream = self._waiting.pop(0)(self._stream, self._rope, None, self._time)
+                self._stream = self._waiting.pop(0)(self._stream, self._rope, None, self._moment)
             else:
                 self._next_hint()
         self._stream = torch.cat([self._stream, captions_BLD], dim=1)
@@ -140,6 +139,6 @@ class Follower:
         return x_BSD + self._weight * self._next_hint()
 
     def _next_hint(self) -> Tensor:
-        self._stream, hint = self._waiting.pop(0)(self._stream, self._rope, self._mask, self._time, self._trunk)
+        self._stream, hint = self._waiting.pop(0)(self._stream, self._rope, self._mask, self._moment, self._trunk)
         self._trunk = None
         return hint

@@ -35,6 +35,8 @@ from torch import Tensor, nn
 from models.z_image.attention import TwoViews, attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
+from models.z_image.modulation import Factors, Moment, Timetable, block_factors
+from shared import ops
 
 if TYPE_CHECKING:
     from models.z_image.control import ControlBranch, ControlSignal
@@ -64,13 +66,6 @@ class Nag(NamedTuple):
 
     guidance: NormalizedAttentionGuidance
     negative: Captions
-
-
-class Rotation(NamedTuple):
-    """Cosines and sines of the rotary angles, float32, (B or 1, tokens, 1, E / 2)."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class ZImageTransformer(nn.Module):
@@ -105,23 +100,27 @@ class ZImageTransformer(nn.Module):
     def forward(
         self,
         latents: Tensor,
-        t: Tensor,
+        t: Tensor | Moment,
         captions: Captions | Sequence[Tensor],
         control: ControlSignal | None = None,
         *,
         target: Tensor | None = None,
         nag: Nag | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Predict x0 - noise.
 
         latents: (B, 16, h, w), any float type, h and w even latent cells (picture pixels / 8).
-        t: (B,) float32 model time in [0, 1], 1 - sigma. captions: what encode_captions() returned, or its input.
+        t: (B,) float32 model time in [0, 1], 1 - sigma; or a run's moment, which knows `target` and `exact` itself.
+        captions: what encode_captions() returned, or its input.
         control: steers through the control branch, which must be there.
         target: (B,) the time the answer is for, of TwinFlow's weights. nag: guidance inside the layers' attention.
+        exact: round where the reference implementation does, see shared.ops.
         Returns (B, 16, h, w) float32. Raises ValueError for odd sizes or a caption count other than B.
         """
+        moment = t if isinstance(t, Moment) else Moment(Timetable(t, target, exact=exact))
         if not isinstance(captions, Captions):
-            captions = self.encode_captions(captions)
+            captions = self.encode_captions(captions, exact=moment.table.exact)
         batch, _, height, width = latents.shape
         patch = self.config.patch_size
         if height % patch or width % patch:
@@ -131,19 +130,18 @@ class ZImageTransformer(nn.Module):
 
         rows, columns = height // patch, width // patch
         count = rows * columns
-        image_rope, joint_rope = self.rope.for_image(captions.lengths, rows, columns, latents.device)
-        mask = _length_mask(captions.lengths, image_rope.cos.shape[1], latents.device)
-        time_BT = self._embed_time(t, target)
+        image_rope, joint_rope, mask = self.rope.for_image(captions.lengths, rows, columns, latents.device)
+        moment.table.embed(self._embed_time)
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
-        x_BND = pad_tokens(x_BND, image_rope.cos.shape[1], self.x_pad_token)
+        x_BND = pad_tokens(x_BND, image_rope.shape[1], self.x_pad_token)
         follower = None
         if control is not None:
             if self.control is None:
                 raise ValueError("a control signal for a transformer without a control branch")
-            follower = self.control.follow(control, x_BND, image_rope, time_BT, self.x_pad_token)
+            follower = self.control.follow(control, x_BND, image_rope, moment, self.x_pad_token)
         for i, block in enumerate(self.noise_refiner):
-            x_BND = block(x_BND, image_rope, None, time_BT)
+            x_BND = block(x_BND, image_rope, None, moment)
             if follower is not None:
                 x_BND = follower.after_refiner(i, x_BND)
 
@@ -154,17 +152,19 @@ class ZImageTransformer(nn.Module):
         view: Tensor | TwoViews | None = mask
         if nag is not None:
             x_BSD = torch.cat([x_BSD, nag.negative.tokens_BLD], dim=1)
-            rope = self.rope.with_negative(joint_rope, captions.lengths, nag.negative.lengths)
-            view = _two_views(x_BND.shape[1], captions, nag, mask)
+            rope, negative_mask = self.rope.with_negative(
+                joint_rope, x_BND.shape[1], captions.lengths, nag.negative.lengths
+            )
+            view = TwoViews(x_BND.shape[1], joint - x_BND.shape[1], mask, negative_mask, nag.guidance.combine)
         for i, block in enumerate(self.layers):
-            x_BSD = block(x_BSD, rope, view, time_BT)
+            x_BSD = block(x_BSD, rope, view, moment)
             if follower is not None:  # whose hints are for the image and its caption
                 x_BSD = torch.cat([follower.after_layer(i, x_BSD[:, :joint]), x_BSD[:, joint:]], dim=1)
 
-        patches = self.final_layer(x_BSD[:, :count], time_BT)
+        patches = self.final_layer(x_BSD[:, :count], moment)
         return unpatchify(patches.float(), rows, columns, patch)
 
-    def encode_captions(self, features: Sequence[Tensor]) -> Captions:
+    def encode_captions(self, features: Sequence[Tensor], *, exact: bool = False) -> Captions:
         """Embed and refine caption features: (tokens, cap_feat_dim) each, of any length from 1 on."""
         lengths = tuple(_round_up(len(f)) for f in features)
         longest = max(lengths)
@@ -176,7 +176,7 @@ class ZImageTransformer(nn.Module):
         rope = self.rope.for_caption(longest, x_BLD.device)
         mask = _length_mask(lengths, 0, x_BLD.device)
         for block in self.context_refiner:
-            x_BLD = block(x_BLD, rope, mask, None)
+            x_BLD = block(x_BLD, rope, mask, None, exact=exact)
         return Captions(x_BLD, lengths)
 
     def _embed_time(self, t: Tensor, target: Tensor | None) -> Tensor:
@@ -203,6 +203,7 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig, *, modulated: bool = True) -> None:
         super().__init__()
         dim, eps = config.dim, config.norm_eps
+        self.eps = eps
         self.attention = Attention(config)
         self.feed_forward = FeedForward(dim, config.ffn_dim)
         self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
@@ -213,16 +214,29 @@ class Block(nn.Module):
             # A Sequential of one, because every checkpoint calls it adaLN_modulation.0
             self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * dim))
 
-    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | TwoViews | None, time_BT: Tensor | None) -> Tensor:
-        """One block over (B, S, D). `time_BT` is None for the context refiner, which has no modulation."""
-        if time_BT is None:
-            x_BSD = x_BSD + self.attention_norm2(self.attention(self.attention_norm1(x_BSD), rope, mask))
-            return x_BSD + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x_BSD)))
-        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(time_BT)[:, None].chunk(4, dim=-1)
-        attended = self.attention(self.attention_norm1(x_BSD) * (1 + scale_a), rope, mask)
-        x_BSD = x_BSD + gate_a.tanh() * self.attention_norm2(attended)
-        fed = self.feed_forward(self.ffn_norm1(x_BSD) * (1 + scale_f))
-        return x_BSD + gate_f.tanh() * self.ffn_norm2(fed)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        rope: Tensor,
+        mask: Tensor | TwoViews | None,
+        moment: Moment | None,
+        *,
+        exact: bool = False,
+    ) -> Tensor:
+        """One block over (B, S, D). `moment` is None for the context refiner, which has no modulation; `exact` is
+        for it alone, a moment has its own."""
+        f: Factors = self.factors(None, exact=exact, apart=False)[0] if moment is None else moment.of(self)
+        eps = self.eps
+        h_BSD = ops.rms_norm_modulate(x_BSD, f.attention_norm1, f.attention_scale, eps, exact=f.exact)
+        h_BSD = self.attention(h_BSD, rope, mask, f)
+        x_BSD = ops.gate_residual(x_BSD, h_BSD, f.attention_gate, f.attention_norm2, eps, exact=f.exact)
+        h_BSD = ops.rms_norm_modulate(x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact)
+        h_BSD = self.feed_forward(h_BSD)
+        return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
+
+    def factors(self, time_RT: Tensor | None, *, exact: bool, apart: bool) -> list[Factors]:
+        """See modulation.Timed."""
+        return block_factors(self, time_RT, exact=exact, apart=apart)
 
 
 class Attention(nn.Module):
@@ -230,17 +244,17 @@ class Attention(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
+        self.n_heads, self.eps = config.n_heads, config.norm_eps
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, rope: Rotation, mask: Tensor | TwoViews | None) -> Tensor:
-        q_BSHE, k_BSHE, v_BSHE = self.qkv(x_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
-        q_BSHE = rotate(self.q_norm(q_BSHE), rope)
-        k_BSHE = rotate(self.k_norm(k_BSHE), rope)
-        return self.out(attend(q_BSHE, k_BSHE, v_BSHE, mask).flatten(2))
+    def forward(self, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews | None, f: Factors) -> Tensor:
+        q_BHSE, k_BHSE, v_BHSE = ops.qk_norm_rope(
+            self.qkv(x_BSD), f.q_norm, f.k_norm, rope, self.n_heads, self.eps, exact=f.exact
+        )
+        return self.out(attend(q_BHSE, k_BHSE, v_BHSE, mask).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -252,8 +266,7 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        gate, value = self.w13(x_BSD).chunk(2, dim=-1)
-        return self.w2(F.silu(gate) * value)
+        return self.w2(ops.swiglu(self.w13(x_BSD)))
 
 
 class FinalLayer(nn.Module):
@@ -264,9 +277,14 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.dim, config.patch_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.time_dim, config.dim))
 
-    def forward(self, x_BND: Tensor, time_BT: Tensor) -> Tensor:
-        scale = 1 + self.adaLN_modulation(time_BT)[:, None]
+    def forward(self, x_BND: Tensor, moment: Moment) -> Tensor:
+        scale: Tensor = moment.of(self)
         return self.linear(F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6) * scale)
+
+    def factors(self, time_RT: Tensor, *, exact: bool, apart: bool) -> Sequence[Tensor]:
+        """See modulation.Timed: the scales, (R or 1, 1, D)."""
+        scale = 1 + self.adaLN_modulation(time_RT)[:, None]
+        return scale.split(1) if apart else [scale]
 
 
 class TimestepEmbedder(nn.Module):
@@ -295,67 +313,66 @@ class RotaryAxes(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.axes_dims, self.axes_lens, self.theta = config.axes_dims, config.axes_lens, config.rope_theta
-        self._last: tuple[object, tuple[Rotation, Rotation]] | None = None
-        self._last_negative: tuple[object, Rotation] | None = None
+        self._last: tuple[object, tuple[Tensor, Tensor, Tensor | None]] | None = None
+        self._last_negative: tuple[object, tuple[Tensor, Tensor | None]] | None = None
 
-    def for_caption(self, length: int, device: torch.device) -> Rotation:
+    def for_caption(self, length: int, device: torch.device) -> Tensor:
         """Positions (1 + i, 0, 0) of the longest caption; shorter ones use its beginning."""
         return self._rotation(_caption_positions(length), device)
 
     def for_image(
         self, lengths: Sequence[int], rows: int, columns: int, device: torch.device
-    ) -> tuple[Rotation, Rotation]:
-        """Rotations of the padded image tokens, and of image and caption tokens together.
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rotations of the padded image tokens, of image and caption tokens together, and the mask of the latter.
 
         lengths: padded caption lengths; the image sits one step behind its own caption, so images of captions of
         different length have different positions. One row serves all images when all lengths are equal.
-        The tables of the last call are kept: they are the same at every step.
+        What the last call gave is kept: it is the same at every step.
         """
-        distinct = tuple(lengths[:1] if len(set(lengths)) == 1 else lengths)
-        key = (distinct, rows, columns, device)
+        key = (tuple(lengths), rows, columns, device)
         if self._last is None or self._last[0] != key:
+            distinct = lengths[:1] if len(set(lengths)) == 1 else lengths
             image = _image_positions(distinct, rows, columns)
             caption = _caption_positions(max(distinct)).expand(len(distinct), -1, -1)
             joint = self._rotation(torch.cat([image, caption], dim=1), device)
             count = image.shape[1]
-            self._last = key, (Rotation(joint.cos[:, :count], joint.sin[:, :count]), joint)
+            self._last = key, (joint[:, :count], joint, _length_mask(lengths, count, device))
         return self._last[1]
 
-    def with_negative(self, joint: Rotation, lengths: Sequence[int], negative: Sequence[int]) -> Rotation:
+    def with_negative(
+        self, joint: Tensor, image: int, lengths: Sequence[int], negative: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
         """`joint` (from for_image) followed by the negative captions, each as far before the image as if alone with it.
 
-        lengths, negative: padded lengths of each image's caption and negative caption. Attention sees differences of
-        positions only, so a negative caption of another length need not be cut or filled up.
+        image: padded image tokens. lengths, negative: padded lengths of each image's caption and negative caption.
+        Attention sees differences of positions only, so a negative caption of another length need not be cut or filled
+        up. Also returns the mask of image and negative captions.
         """
-        pairs = list(zip(lengths, negative, strict=True))
-        pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
-        key = (tuple(pairs), joint.cos.shape, joint.cos.device)
+        device = joint.device
+        key = (tuple(lengths), tuple(negative), joint.shape, image, device)
         if self._last_negative is None or self._last_negative[0] != key:
+            pairs = list(zip(lengths, negative, strict=True))
+            pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
             positions = _caption_positions(max(negative)).repeat(len(pairs), 1, 1)
             positions[:, :, 0] += torch.tensor([[mine - other] for mine, other in pairs], device="cpu")
-            tail = self._rotation(positions, joint.cos.device)
-            rows = max(len(pairs), len(joint.cos))
-            wide = [tuple(x.expand(rows, -1, -1, -1) for x in table) for table in (joint, tail)]
-            self._last_negative = key, Rotation(*(torch.cat(halves, dim=1) for halves in zip(*wide, strict=True)))
+            tail = self._rotation(positions, device)
+            rows = max(len(pairs), len(joint))
+            wide = [table.expand(rows, -1, -1, -1, -1) for table in (joint, tail)]
+            self._last_negative = key, (torch.cat(wide, dim=1), _length_mask(negative, image, device))
         return self._last_negative[1]
 
-    def _rotation(self, positions: Tensor, device: torch.device) -> Rotation:
-        """positions: (B, tokens, 3) integers. Angles in float64, rounded once to float32, as the reference does.
+    def _rotation(self, positions: Tensor, device: torch.device) -> Tensor:
+        """Cosine and sine of each pair's angle, (B, tokens, 1, E / 2, 2) float32. positions: (B, tokens, 3) integers.
 
-        Worked out on the CPU: some accelerators have no float64, and every device then gets the same numbers.
+        Angles are worked out in float64 and rounded once to float32, as the reference does; on the CPU, because some
+        accelerators have no float64, and every device then gets the same numbers.
         """
         angles = []
         for axis, width in enumerate(self.axes_dims):
             exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
             angles.append(positions[..., axis, None].double() / self.theta**exponents)
         table = torch.cat(angles, dim=-1).float()[:, :, None]
-        return Rotation(table.cos().to(device), table.sin().to(device))
-
-
-def _two_views(image: int, captions: Captions, nag: Nag, mask: Tensor | None) -> TwoViews:
-    negative = nag.negative
-    negative_mask = _length_mask(negative.lengths, image, negative.tokens_BLD.device)
-    return TwoViews(image, captions.tokens_BLD.shape[1], mask, negative_mask, nag.guidance.combine)
+        return torch.view_as_real(torch.polar(torch.ones_like(table), table)).to(device)
 
 
 def _caption_positions(length: int) -> Tensor:
@@ -371,13 +388,6 @@ def _image_positions(lengths: Sequence[int], rows: int, columns: int) -> Tensor:
     positions[:, : len(grid), 0] = torch.tensor(lengths, device="cpu")[:, None] + 1
     positions[:, : len(grid), 1:] = grid
     return positions
-
-
-def rotate(x_BSHE: Tensor, rope: Rotation) -> Tensor:
-    """Turn each pair (x[2i], x[2i+1]) by its angle, in float32; returns x's type."""
-    even, odd = x_BSHE.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = (even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos)
-    return torch.stack(turned, dim=-1).flatten(-2).type_as(x_BSHE)
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:

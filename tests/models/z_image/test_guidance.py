@@ -47,16 +47,17 @@ def test_nag_is_off_at_scale_one_and_survives_a_vector_of_zeros() -> None:
 
 def test_two_views_are_two_attentions_that_do_not_see_each_other_s_caption() -> None:
     image, caption, negative = 6, 3, 5
-    q, k, v = torch.randn(3, 2, image + caption + negative, 2, 8)
+    q, k, v = torch.randn(3, 2, 2, image + caption + negative, 8)
     views = TwoViews(image, caption, None, None, lambda a, b: a + 10 * b)
 
     both = attend(q, k, v, views)
 
     seen, other = slice(0, image + caption), [*range(image), *range(image + caption, image + caption + negative)]
-    first, second = attend(q[:, seen], k[:, seen], v[:, seen]), attend(q[:, other], k[:, other], v[:, other])
-    torch.testing.assert_close(both[:, :image], first[:, :image] + 10 * second[:, :image])
-    torch.testing.assert_close(both[:, image : image + caption], first[:, image:])
-    torch.testing.assert_close(both[:, image + caption :], second[:, image:])
+    first = attend(q[:, :, seen], k[:, :, seen], v[:, :, seen])
+    second = attend(q[:, :, other], k[:, :, other], v[:, :, other])
+    torch.testing.assert_close(both[:, :, :image], first[:, :, :image] + 10 * second[:, :, :image])
+    torch.testing.assert_close(both[:, :, image : image + caption], first[:, :, image:])
+    torch.testing.assert_close(both[:, :, image + caption :], second[:, :, image:])
 
 
 class Take(NormalizedAttentionGuidance):
