@@ -20,7 +20,7 @@ AREAS: Mapping[str, str] = {
 MAX_MARGIN = 4096  # pixels
 
 # Wan2GP's letters for what a control picture is turned into; V means there is one, A that there is a mask.
-_LETTERS = {"canny": "E", "scribble": "S", "gray": "C"}
+_LETTERS = {"canny": "E", "scribble": "S", "gray": "C", "pose": "P", "depth": "D"}
 
 # key -> (lowest, highest) allowed value
 _RANGES: Mapping[str, tuple[float, float]] = {

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared import preprocess
 from shared.app.edit_settings import EditSettings
 from shared.app.metadata import write_file
 from shared.app.pictures import extend_border, fit_picture, open_mask, open_picture, sha256_of
 from shared.app.settings import DEFAULT_BLOCK, GenerationSettings
+from shared.preprocess import RAW, Preprocessor
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ Draw = Callable[[Pass], "Image.Image"]
 class Edit:
     """The given pictures, read and checked. notes: what had to be decided about them, in words.
 
-    sources: settings key -> the file it was read from.
+    sources: settings key -> the file it was read from. preprocessor: makes what a ControlNet is shown; one with a model
+    of its own must be given by `with_preprocessor`.
     """
 
     settings: GenerationSettings
@@ -93,6 +94,11 @@ class Edit:
     guide: Image.Image | None = None
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Path] = field(default_factory=dict)
+    preprocessor: Preprocessor = field(default_factory=lambda: Preprocessor(RAW))
+
+    def with_preprocessor(self, preprocessor: Preprocessor) -> Edit:
+        """The same with a preprocessor whose files are at hand."""
+        return replace(self, preprocessor=preprocessor)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -289,9 +295,9 @@ class Edit:
         import numpy as np
         from PIL import Image
 
-        if self._edit.control_preprocessor == preprocess.RAW:
+        if self.preprocessor.name == RAW:
             return image
-        return Image.fromarray(preprocess.process(self._edit.control_preprocessor, np.asarray(image)))
+        return Image.fromarray(self.preprocessor(np.asarray(image)))
 
     def _scaled(self, size: tuple[int, int], scale: float) -> tuple[int, int]:
         width, height = (max(round(side * scale / self.block), 1) * self.block for side in size)
@@ -345,6 +351,7 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
         guide=guide,
         notes=tuple(notes),
         sources=sources,
+        preprocessor=Preprocessor(edit.control_preprocessor),
     )
 
 

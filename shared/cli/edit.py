@@ -36,7 +36,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE[:PREPROCESSOR]",
         type=_control,
         help="control picture, for presets with a ControlNet; as it is, or turned into canny, scribble, lineart, gray, "
-        "blur or tile",
+        "blur or tile, or by a model that is downloaded first (59 to 351 MB) into depth, pose or hed",
     )
     group.add_argument("--control-weight", metavar="F", type=float, help="how strongly the control picture steers")
     group.add_argument(
@@ -67,6 +67,7 @@ def edit_overrides(args: argparse.Namespace, others: Mapping[str, Any]) -> dict[
 
 def save_control_preview(ctx: AppContext, preset: Preset, settings: GenerationSettings, path: str) -> Path:
     """Write what the ControlNet would be shown. Raises UserError when that is nothing, or for another file ending."""
+    from shared.app.annotators import fetch, missing_megabytes
     from shared.app.editing import open_edit
     from shared.app.metadata import FORMATS, write_file
 
@@ -76,7 +77,9 @@ def save_control_preview(ctx: AppContext, preset: Preset, settings: GenerationSe
     edit = open_edit(settings, preset.model_def, ctx.output_folder)
     for note in edit.notes:
         print(note, file=sys.stderr)
-    preview = edit.control_preview()
+    if megabytes := missing_megabytes(ctx.files, settings.edit):
+        print(f"Downloading {megabytes:.0f} MB for {settings.edit.control_preprocessor} pictures", file=sys.stderr)
+    preview = edit.with_preprocessor(fetch(ctx.files, settings.edit)).control_preview()
     target.parent.mkdir(parents=True, exist_ok=True)
     write_file(target, lambda file: preview.save(file, format=FORMATS[target.suffix.lower()]))
     return target

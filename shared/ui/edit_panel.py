@@ -7,17 +7,21 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image, ImageChops
 
+from shared.app.annotators import fetch
 from shared.app.edit_settings import AREAS, EditSettings, preprocessor_choices
 from shared.app.editing import INPUTS, open_edit
 from shared.app.metadata import write_file
 from shared.app.pictures import FITS
 from shared.app.presets import Preset
 from shared.app.settings import GenerationSettings
+
+if TYPE_CHECKING:
+    from shared.app.download import FileStore
 
 DEFAULT_STRENGTH = 0.6  # for a picture without a mask, as `generate --image` has it
 _PAINT = "#e5484d"  # seen on dark and light pictures alike; only its opacity counts
@@ -174,9 +178,11 @@ def edit_overrides(preset: Preset, entered: Mapping[str, Any], folder: Path) -> 
     return {key: value for key, value in taken.items() if value is not None}
 
 
-def control_preview(preset: Preset, settings: GenerationSettings, folder: Path) -> Image.Image:
-    """What the ControlNet will be shown. Raises UserError when that is nothing."""
-    return open_edit(settings, preset.model_def, folder).control_preview()
+def control_preview(preset: Preset, settings: GenerationSettings, folder: Path, files: FileStore) -> Image.Image:
+    """What the ControlNet will be shown; a preprocessor's model is downloaded first. Raises UserError when that is
+    nothing, RunError when there is no network."""
+    edit = open_edit(settings, preset.model_def, folder)
+    return edit.with_preprocessor(fetch(files, settings.edit)).control_preview()
 
 
 def has_control(preset: Preset) -> bool:

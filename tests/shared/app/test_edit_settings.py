@@ -35,7 +35,9 @@ def test_records_carry_wan2gps_letters(preprocessor: str, mask: str, letters: st
     assert edit.as_record()["video_prompt_type"] == letters
 
 
-@pytest.mark.parametrize(("letters", "name"), [("EV", "canny"), ("CV", "gray"), ("V", "raw"), ("PV", "raw")])
+@pytest.mark.parametrize(
+    ("letters", "name"), [("EV", "canny"), ("CV", "gray"), ("V", "raw"), ("PV", "pose"), ("DV", "depth"), ("UV", "raw")]
+)
 def test_wan2gps_letters_choose_the_preprocessor(letters: str, name: str) -> None:
     assert EditSettings.build({"image_guide": "c.png", "video_prompt_type": letters}).control_preprocessor == name
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shared.app.download import FileStore
 from shared.app.edit_settings import EditSettings
 from shared.app.presets import Preset
 from shared.app.settings import GenerationSettings
@@ -140,10 +141,11 @@ def test_the_preview_is_what_the_model_sees(steered: Preset, tmp_path: Path) -> 
     picture().save(tmp_path / "c.png")
     edit = EditSettings(image_guide=str(tmp_path / "c.png"), control_preprocessor="gray")
     settings = GenerationSettings(prompt="x", seed=1, width=64, height=48, edit=edit)
+    files = FileStore(tmp_path, [tmp_path])
 
-    seen = control_preview(steered, settings, tmp_path)
+    seen = control_preview(steered, settings, tmp_path, files)
 
     assert seen.size == (64, 48)
     assert np.ptp(np.asarray(seen), axis=2).max() == 0
     with pytest.raises(UserError, match="no control picture to preview"):
-        control_preview(steered, GenerationSettings(prompt="x", seed=1), tmp_path)
+        control_preview(steered, GenerationSettings(prompt="x", seed=1), tmp_path, files)
