@@ -37,6 +37,8 @@ class model_factory:
     None within one step.
     place_text_encoder: None loads the text encoder at once. Else `text_encoder` is None until a prompt needs it; it is
     then loaded and given to this function, which puts it where it computes. prompt_store: remembers encoded prompts.
+    parts: what another model_factory of the same files has loaded and this one takes over: transformer, text_encoder,
+    vae, tokenizer. keep_mapped: see load_transformer().
     safer: names of the remedies that an earlier drawing with these files needed (`report["safer"]`).
     """
 
@@ -55,6 +57,8 @@ class model_factory:
         place_text_encoder: Callable[[nn.Module], None] | None = None,
         prompt_store: FeatureStore | None = None,
         safer: Sequence[str] = (),
+        parts: Mapping[str, Any] | None = None,
+        keep_mapped: bool = False,
         **_: Any,
     ) -> None:
         files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
@@ -73,13 +77,19 @@ class model_factory:
             *_TEXT_ENCODERS,
         )
         vae_path = _first("VAE", vae_filename, beside / "vae" / "diffusion_pytorch_model.safetensors", *_VAES)
-        self.tokenizer = load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
-        load_encoder = partial(_load_text_encoder, encoder_path, dtype, place_text_encoder)
-        encoder = TextEncoder(
-            load_encoder() if place_text_encoder is None else load_encoder, self.tokenizer, prompt_store
+        parts = parts or {}
+        self.tokenizer = (
+            parts["tokenizer"]
+            if "tokenizer" in parts
+            else load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
         )
-        self.vae: nn.Module = load_vae(vae_path, VAE_dtype or torch.float32)
-        self.transformer = load_transformer(paths, dtype)
+        load_encoder = partial(_load_text_encoder, encoder_path, dtype, place_text_encoder)
+        given_encoder = parts.get("text_encoder")
+        if given_encoder is None and place_text_encoder is None:
+            given_encoder = load_encoder()
+        encoder = TextEncoder(given_encoder or load_encoder, self.tokenizer, prompt_store)
+        self.vae: nn.Module = parts.get("vae") or load_vae(vae_path, VAE_dtype or torch.float32)
+        self.transformer = parts.get("transformer") or load_transformer(paths, dtype, keep_mapped=keep_mapped)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline = ZImagePipeline(self.transformer, encoder, self.vae, device, safer)
         self._interrupt = False

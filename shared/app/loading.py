@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.loras import Strength
-from shared.app.memory import MIB
+from shared.app.parts import TOKENIZER, WORDS, file_identities, part_keys
 from shared.app.plan import VAE_DTYPE, GenerationPlan, requested_profile
 from shared.app.prompt_cache import EncoderPrompts
 from shared.quant.checkpoint import Checkpoint
+from shared.quant.mapping import forget
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +26,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Roles of the files that a model is loaded from.
+WEIGHTS = ("transformer", "module", "text_encoder", "vae")
+
 
 @dataclass(slots=True, kw_only=True)
 class LoadedModel:
     """What a handler loaded, where it was placed, and which LoRA files are on it.
 
-    key: what it was loaded from and for. processor: the pipeline object of contract C1c.
+    key: what it was loaded from and for; part_keys: the same of each part. processor: the pipeline object of contract
+    C1c.
     loras: (file, strength) in order; None while they are being changed. lora_matches: what the family says of each,
     JSON-able by as_dict() as for `match_words`. kernels: what multiplies its packed layers.
     modules: by name, as the handler gave them; the text encoder joins them when it is needed. prompts: those that this
@@ -38,6 +43,7 @@ class LoadedModel:
     """
 
     key: tuple[Any, ...]
+    part_keys: dict[str, Hashable]
     processor: Any
     offloader: Offloader
     modules: dict[str, nn.Module]
@@ -47,6 +53,10 @@ class LoadedModel:
     loras: tuple[tuple[Path, Strength], ...] | None = ()
     lora_matches: Sequence[Any] = ()
     kernels: tuple[Resolved, ...] = ()
+
+    def has(self, part: str, keys: Mapping[str, Hashable]) -> bool:
+        """Whether its part of this name is the one that these keys ask for."""
+        return part in keys and self.part_keys.get(part) == keys[part]
 
     def place(self) -> None:
         """Put the modules where they compute, if they are not there yet."""
@@ -71,17 +81,20 @@ class ModelHolder:
     ) -> LoadedModel:
         """The model of the plan with its LoRAs, all of whose files are on this machine.
 
-        The one in memory if it is the same, else that one is released first and the plan's is loaded. say: what is
-        going on, in words. orders: the keywords of every generate() to come, whose prompts are encoded first; where
-        each of them is remembered, the text encoder is not loaded at all. None loads everything.
+        The one in memory if it is the same, else that one is released first, but for the parts that both have in
+        common, and the rest of the plan's is loaded. say: what is going on, in words.
+        orders: the keywords of every generate() to come, whose prompts are encoded first; where each of them is
+        remembered, the text encoder is not loaded at all. None loads everything.
         Raises CheckpointError for a file that cannot be used, UserError for a LoRA that does not fit the model and for
         an order that cannot be drawn.
         """
         key = self._key(plan)
         if self._model is None or self._model.key != key:
-            self.release()
-            say(f"Loading {plan.preset.name}")
-            self._model = self._load(plan, key, defers_text_encoder=orders is not None)
+            kept = self._take_common_parts(plan)
+            words = [WORDS[name] for name in kept if name in WORDS]
+            say(f"Loading {plan.preset.name}" + (f"; kept in memory: {', '.join(words)}" if words else ""))
+            self._model = self._load(plan, key, kept, defers_text_encoder=orders is not None)
+            del kept
         model = self._model
         self._apply_loras(model, plan, say)
         encode_prompts = getattr(model.processor, "encode_prompts", None)  # what a Wan2GP family lacks
@@ -89,6 +102,9 @@ class ModelHolder:
             began = time.perf_counter()
             encode_prompts(orders)
             model.text_seconds = time.perf_counter() - began
+            if encoder := model.modules.get("text_encoder"):
+                # It has done its work. On a CPU its weights are mapped, and leave 7 GB of RAM to the transformer.
+                forget((*encoder.parameters(), *encoder.buffers()))
             if "text_encoder" not in model.modules:
                 say("The text encoder was not loaded: every prompt is remembered")
         model.place()
@@ -102,7 +118,7 @@ class ModelHolder:
     def stands_for(self, plan: GenerationPlan) -> None:
         """The model in memory has become what this plan asks for: it need not be loaded again."""
         if self._model is not None:
-            self._model.key = self._key(plan)
+            self._model.key, self._model.part_keys = self._key(plan), self._part_keys(plan)
 
     def release(self) -> None:
         """Let go of the model and the memory it holds."""
@@ -113,14 +129,37 @@ class ModelHolder:
         offloader.release()
 
     def _key(self, plan: GenerationPlan) -> tuple[Any, ...]:
-        weights = tuple(file.path for file in plan.files if file.role not in ("lora", "preload"))
-        choices = (plan.attention.value, plan.compute.value, plan.safer, requested_profile(self._ctx))
-        return (plan.preset.id, weights, plan.machine, *choices)
+        others = tuple(file.path for file in plan.files if file.role not in ("lora", "preload", "annotator"))
+        weights = file_identities(path for role in WEIGHTS for path in plan.paths(role))
+        choices = (plan.attention.value, plan.compute.value, plan.safer, plan.offload.value)
+        return (plan.preset.id, others, weights, plan.machine, *choices)
 
-    def _load(self, plan: GenerationPlan, key: tuple[Any, ...], *, defers_text_encoder: bool) -> LoadedModel:
+    def _part_keys(self, plan: GenerationPlan) -> dict[str, Hashable]:
+        # By its place in memory: a handler is an object that lives as long as the program, and may not be hashable.
+        family = id(self._ctx.families.handler(plan.preset.architecture))
+        return part_keys(plan, family, self._tokenizer_folder(plan))
+
+    def _take_common_parts(self, plan: GenerationPlan) -> dict[str, Any]:
+        """Release the model in memory; returns those of its parts that the plan has too, by name, without LoRAs."""
+        model = self._model
+        kept: dict[str, Any] = {}
+        if model is not None and model.loras is not None:  # else LoRAs may be half on
+            if model.loras:
+                model.processor.load_loras([], [])
+            wanted = self._part_keys(plan)
+            held = {**model.modules, TOKENIZER: getattr(model.processor, "tokenizer", None)}
+            kept = {name: part for name, part in held.items() if part is not None and model.has(name, wanted)}
+            del held
+        del model
+        self.release()
+        return kept
+
+    def _load(
+        self, plan: GenerationPlan, key: tuple[Any, ...], kept: Mapping[str, Any], *, defers_text_encoder: bool
+    ) -> LoadedModel:
         import torch
 
-        from shared.app.offload import choose_offloader
+        from shared.app.offload import make_offloader
 
         prompts = self._prompts_of(plan)
         profile = requested_profile(self._ctx)
@@ -139,15 +178,21 @@ class ModelHolder:
             place_text_encoder=partial(self._add_text_encoder, plan) if defers_text_encoder else None,
             prompt_store=prompts,
             safer=plan.safer,
+            parts=kept,
+            keep_mapped=plan.machine.device.kind == "cpu",
         )
         kernels = self._resolve(plan, list(modules.values()))
-        sizes = plan.memory.weights_mb if plan.memory is not None else {}
-        weights = {name: round(mb * MIB) for name, mb in sizes.items()} or None
-        offloader, reason = choose_offloader(plan.machine.device, profile, weights=weights)
+        offloader = make_offloader(plan.machine.device, plan.placement, profile)
         processor.device = offloader.device
-        logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), reason)
+        logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), plan.offload.reason)
         return LoadedModel(
-            key=key, processor=processor, offloader=offloader, modules=dict(modules), prompts=prompts, kernels=kernels
+            key=key,
+            part_keys=self._part_keys(plan),
+            processor=processor,
+            offloader=offloader,
+            modules=dict(modules),
+            prompts=prompts,
+            kernels=kernels,
         )
 
     def _add_text_encoder(self, plan: GenerationPlan, module: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.z_image.z_image_main import model_factory
+from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import UserError
 
 
@@ -117,6 +118,27 @@ def test_a_lora_on_the_text_encoder_encodes_the_prompt_anew(processor: model_fac
     assert (match.matched, match.total) == (2, 2)
     assert not torch.equal(plain, changed)
     assert torch.equal(draw(processor), plain)
+
+
+def test_parts_that_another_has_loaded_are_taken_over_and_no_file_is_opened_for_them(
+    processor: model_factory, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    read = Checkpoint.open
+    monkeypatch.setattr(Checkpoint, "open", lambda path: (opened.append(Path(path).name), read(path))[1])
+    names = ("text_encoder", "vae", "tokenizer")
+
+    second = model_factory(
+        model_filename=str(model_folder / "transformer.safetensors"),
+        dtype=torch.float32,
+        parts={name: getattr(processor, name) for name in names},
+    )
+
+    assert opened == ["transformer.safetensors"]
+    assert all(getattr(second, name) is getattr(processor, name) for name in names)
+    assert second.transformer is not processor.transformer
+    second.device = processor.device
+    assert torch.equal(draw(second), draw(processor))
 
 
 def test_missing_parts_are_asked_for_by_role(
