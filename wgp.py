@@ -86,6 +86,10 @@ def run(args: argparse.Namespace) -> int:
         from shared.cli.compare import compare
 
         return compare(ctx, args)
+    if args.command == "bench":
+        from shared.cli.bench import bench
+
+        return bench(ctx, args)
     if args.command == "doctor":
         return commands.doctor(ctx, args)
     print("Starting the page ...", file=sys.stderr)  # its imports take seconds

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.app.settings import loras_as_host_settings, parse_lora
+from shared.cli.bench import add_arguments as add_bench
 from shared.cli.compare import add_arguments as add_compare
 from shared.cli.edit import add_edit_arguments, edit_overrides
 from shared.cli.quantize import add_arguments as add_quantize
@@ -25,6 +26,7 @@ examples:
   wgp.py inspect some_checkpoint.safetensors
   wgp.py quantize model.safetensors --format int8 --output model_int8.safetensors
   wgp.py compare --formats int8,nvfp4 --output comparison
+  wgp.py bench --cases C1,C3
   wgp.py doctor
 """
 
@@ -39,7 +41,7 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         parents=[_common_flags(families, lora_root)],
         allow_abbrev=False,
     )
-    metavar = "generate | presets | inspect | quantize | compare | doctor"
+    metavar = "generate | presets | inspect | quantize | compare | bench | doctor"
     commands = parser.add_subparsers(dest="command", metavar=metavar, title="subcommands")
     common = _after_subcommand(_common_flags(families, lora_root))
     for name, help_text, add_arguments in (
@@ -48,6 +50,7 @@ def build_parser(families: Families, lora_root: str) -> argparse.ArgumentParser:
         ("inspect", "say what a weights file is, from its tensors", _add_inspect),
         ("quantize", "convert a model into another format", add_quantize),
         ("compare", "draw with a model in many formats, and tell how much each loses", add_compare),
+        ("bench", "measure this program beside others, case by case", add_bench),
         ("doctor", "say what this machine can do, what is wrong, and which model to use", _add_doctor),
     ):
         add_arguments(commands.add_parser(name, help=help_text, parents=[common], allow_abbrev=False))
@@ -117,6 +120,20 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         type=float,
         default=-1,
         help="memory profile 1, 2, 3, 3.5, 4, 4.5 or 5; higher needs less memory (default: from the config)",
+    )
+    machine.add_argument(
+        "--offload",
+        metavar="HOW",
+        default="",
+        help="how a small GPU gets its weights: auto (what is predicted to be quickest), mmgp (by --profile), stream "
+        "(block by block, as many as fit stay) or none; see docs/memory.md (default: from the config, else auto)",
+    )
+    machine.add_argument(
+        "--max-vram",
+        metavar="SIZE",
+        default="",
+        help="most GPU memory to use, such as 4GB; --dry-run tells what then happens (default: from the config, else "
+        "all that is free)",
     )
     machine.add_argument(
         "--attention",

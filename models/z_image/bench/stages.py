@@ -1,0 +1,199 @@
+"""What stands before and behind the network: the text encoder, the VAE's decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models.z_image import autoencoder
+from models.z_image.bench.stand import Stand
+from models.z_image.bench.twins import randomise
+from models.z_image.text_encoder import TRAINED_TOKENS, TextEncoder, load_text_encoder
+
+# Qwen3-4B (Qwen/Qwen3-4B config.json). A row of the vocabulary is only looked up: a short one is as fast.
+QWEN3 = {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "head_dim": 128, "vocab_size": 4096,
+}  # fmt: skip
+QWEN3_LAYERS = 36
+
+# The published VAE (Flux's): diffusers' config.json.
+VAE = {
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 32,
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
+
+
+def text_on_cpu(stand: Stand, sizes: dict[str, Any] | None = None, layers: int = 4) -> None:
+    """Four layers of real width beside the same four as diffusers' pipeline runs them, padded to 512 tokens.
+
+    Both run the same number of layers; that the pipeline also runs the encoder's last one for nothing is not counted.
+    """
+    _text(stand, sizes or QWEN3, layers, (100,), "100 tokens")
+
+
+def text_on_gpu(stand: Stand, sizes: dict[str, Any] | None = None, layers: int = QWEN3_LAYERS - 1) -> None:
+    _text(stand, sizes or QWEN3, layers, (20, 100, 512), "")
+
+
+def _text(stand: Stand, sizes: dict[str, Any], layers: int, lengths: tuple[int, ...], name: str) -> None:
+    theirs, path = _qwen3(sizes, layers, stand)
+    model = load_text_encoder(path, torch.bfloat16).to(stand.device)
+    for length in lengths:
+        encoder, ids = _encoder(model, sizes, length)
+        ours, peer = _ours_anew(encoder, stand.device), _padded(theirs, ids, layers, stand.device)
+        contenders: dict[str, Callable[[], Tensor]] = {"ours": ours, "P1": peer}
+        if not name:
+            contenders["ours known prompt"] = partial(_first, encoder, stand.device)
+        stand.compare(name or f"{length} tokens", contenders, reference=peer())
+
+
+def encoders(
+    stand: Stand, sizes: dict[str, Any], layers: int, length: int
+) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Our encoder of a prompt of `length` tokens and the peer's, of the same weights: features (length, width)."""
+    theirs, path = _qwen3(sizes, layers, stand)
+    encoder, ids = _encoder(load_text_encoder(path, torch.bfloat16).to(stand.device), sizes, length)
+    return _ours_anew(encoder, stand.device), _padded(theirs, ids, layers, stand.device)
+
+
+def _encoder(model: nn.Module, sizes: dict[str, Any], length: int) -> tuple[TextEncoder, Tensor]:
+    ids = torch.arange(length) % sizes["vocab_size"]
+    return TextEncoder(model, _Tokens(ids.tolist())), ids  # type: ignore[arg-type]
+
+
+def _first(encoder: TextEncoder, device: torch.device) -> Tensor:
+    return encoder.encode(["a prompt"], device)[0]
+
+
+def _ours_anew(encoder: TextEncoder, device: torch.device) -> Callable[[], Tensor]:
+    def encode() -> Tensor:
+        encoder.forget()
+        return _first(encoder, device)
+
+    return encode
+
+
+def _padded(theirs: nn.Module, ids: Tensor, layers: int, device: torch.device) -> Callable[[], Tensor]:
+    """Source: diffusers 0.42.1 pipeline_z_image.py, _encode_prompt."""
+    padded = torch.zeros(1, TRAINED_TOKENS, dtype=torch.int64, device=device)
+    padded[0, : len(ids)] = ids
+    mask = torch.arange(TRAINED_TOKENS, device=device)[None] < len(ids)
+
+    def encode() -> Tensor:
+        states = theirs(input_ids=padded, attention_mask=mask, output_hidden_states=True).hidden_states
+        features: Tensor = states[layers][0, : len(ids)]
+        return features
+
+    return encode
+
+
+def _qwen3(sizes: dict[str, Any], layers: int, stand: Stand) -> tuple[nn.Module, Path]:
+    """The peer's encoder of `layers` layers and a norm, and a file of one layer more, which ours leaves out."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        **sizes, num_hidden_layers=layers + 1, rms_norm_eps=1e-6, attn_implementation="sdpa",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    model = Qwen3Model(config).to(torch.bfloat16).eval().requires_grad_(False)
+    randomise(model, 2)
+    path = stand.folder / "text_encoder.safetensors"
+    save_file({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, path)
+    model.layers = model.layers[:layers]
+    model.norm = nn.Identity()
+    return model.to(stand.device), path
+
+
+class _Tokens:
+    """A tokenizer that gives the same tokens whatever it is asked."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self.ids = ids
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": self.ids}
+
+
+def decode_on_cpu(stand: Stand, config: dict[str, Any] | None = None, side: int = 128) -> None:
+    """Ours and diffusers' in float32 and bf16. Ours is what the loader makes of the file in either type."""
+    path, theirs = _vae(stand, config or VAE)
+    latents = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(3))
+    contenders: dict[str, Callable[[], Any]] = {}
+    for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+        vae = autoencoder.load_vae(path, dtype)
+        contenders[f"ours {name}"] = partial(autoencoder.decode, vae, latents)
+        if stand.wants("P1"):
+            contenders[f"P1 {name}"] = _their_decode(theirs, dtype, latents)
+    reference = autoencoder.decode(theirs, latents)
+    levels = {who: {"mean_levels_of_255": _levels(work(), reference)} for who, work in contenders.items()}
+    stand.compare(f"{side}x{side}", contenders, reference=reference, facts=levels)
+
+
+def decode_on_gpu(
+    stand: Stand, config: dict[str, Any] | None = None, sides: tuple[int, ...] = (512, 1024, 2048)
+) -> None:
+    """Whole and in tiles of 64 cells."""
+    path, theirs = _vae(stand, config or VAE)
+    ours = autoencoder.load_vae(path, torch.bfloat16).to(stand.device)
+    theirs = theirs.to(stand.device)
+    for side in sides:
+        latents = torch.randn(1, 16, side // 8, side // 8, device=stand.device)
+        contenders: dict[str, Callable[[], Any]] = {
+            "ours": partial(autoencoder.decode, ours, latents),
+            "ours tiled": partial(autoencoder.decode, ours, latents, 64),
+            "P1 float32": _their_decode(theirs, torch.float32, latents),
+            "P1 bf16": _their_decode(theirs, torch.bfloat16, latents),
+        }
+        peaks = {who: {"peak_mb": peak_mb(work)} for who, work in contenders.items() if stand.wants(who)}
+        reference = contenders["P1 float32"]()
+        stand.compare(f"{side}x{side}", contenders, reference=reference, facts=peaks)
+
+
+def decoders(stand: Stand, config: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Our decoder in bf16 and the peer's in float32, as its pipeline has it, of the same weights."""
+    path, theirs = _vae(stand, config)
+    ours, theirs = autoencoder.load_vae(path, torch.bfloat16).to(stand.device), theirs.to(stand.device)
+    return lambda latents: autoencoder.decode(ours, latents), lambda latents: autoencoder.decode(theirs, latents)
+
+
+def _vae(stand: Stand, config: dict[str, Any]) -> tuple[Path, Any]:
+    from diffusers import AutoencoderKL
+
+    model = AutoencoderKL(**config).eval().requires_grad_(False)
+    path = stand.folder / "vae.safetensors"
+    save_file(model.state_dict(), path)
+    return path, model
+
+
+def _their_decode(theirs: Any, dtype: torch.dtype, latents: Tensor) -> Callable[[], Tensor]:
+    """Source: diffusers 0.42.1 pipeline_z_image.py, the end of __call__."""
+    import copy
+
+    vae = copy.deepcopy(theirs).to(dtype)
+    factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor
+    return lambda: vae.decode(latents.to(dtype) / factor + shift, return_dict=False)[0].float().clamp(-1, 1)
+
+
+def _levels(found: Tensor, reference: Tensor) -> float:
+    """Mean difference of two pictures in [-1, 1], in steps of an 8-bit file."""
+    return float(f"{float((found - reference).abs().mean()) * 127.5:.3g}")
+
+
+def peak_mb(work: Callable[[], Any]) -> float:
+    """Most memory (10^6 bytes) that one call takes on the GPU beyond what was taken before; 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)

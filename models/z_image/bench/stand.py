@@ -1,0 +1,59 @@
+"""What a case function may ask of the stand that it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Value = float | int | str
+
+
+class Counts(Protocol):
+    """Exact counts of one call."""
+
+    ops: int
+    views: int
+    host_reads: int
+    bytes_moved: int
+    scratch_bytes: int
+
+    def gated(self) -> dict[str, int]: ...
+
+
+class Stand(Protocol):
+    """device: where to compute. peers: keys of the peers this run wants. folder: for files, emptied afterwards.
+
+    how: the way figures are taken, in words.
+    """
+
+    device: torch.device
+    peers: frozenset[str]
+    folder: Path
+    how: str
+
+    def compare(
+        self,
+        row: str,
+        contenders: Mapping[str, Callable[[], Any]],
+        *,
+        reference: Tensor | None = None,
+        repeats: int = 10,
+        facts: Mapping[str, Mapping[str, Value]] | None = None,
+    ) -> dict[str, float]:
+        """Time them in turns; one row each, with the error of what they return against the reference: who -> ms."""
+
+    def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:
+        """Keep what was measured otherwise."""
+
+    def count(self, work: Callable[[], Any]) -> Counts:
+        """Run it once and count."""
+
+    def wants(self, who: str) -> bool:
+        """Whether a contender ("ours ...", "raw", a peer's key) takes part in this run."""
+
+    def note(self, text: str) -> None:
+        """Keep a sentence about the run."""

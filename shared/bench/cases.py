@@ -1,0 +1,108 @@
+"""What can be measured: one row for each case, and the programs that are measured in the same run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from shared.quant.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One case. peers: keys of PEERS that it can run beside us. A case that needs a GPU is refused without CUDA."""
+
+    id: str
+    what: str
+    shapes: str
+    metrics: str
+    peers: tuple[str, ...] = ()
+    needs_gpu: bool = False
+
+
+PEERS = {
+    "P1": "diffusers, eager",
+    "P2": "diffusers with torch.compile",
+    "P3": "diffusers with optimum-quanto's int8",
+    "P5": "diffusers' offload modes",
+    "P6": "mmgp",
+    "P7": "4-bit weights expanded by comfy-kitchen at every call",
+}
+
+# Compiling takes minutes of what a run may take, so this one is asked for by name.
+ON_REQUEST = frozenset({"P2"})
+
+_PICTURES = "512x512 to 2048x2048"
+
+CASES: tuple[Case, ...] = (
+    Case("B0", "roofs of the GPU: products, attention, copies, launches", "real layers at 1152, 4224, 16512 tokens",
+         "TFLOP/s, GB/s, launches/s", needs_gpu=True),
+    Case("B1", "one forward in bf16", f"{_PICTURES}, captions of 32, 100, 512 tokens", "ms, share of the roof, error",
+         ("P1", "P2"), needs_gpu=True),
+    Case("B2", "one forward of packed weights", "1024x1024, every format", "ms, against our own bf16, error",
+         ("P3", "P7"), needs_gpu=True),
+    Case("B3", "a whole picture, warm", "512x512, 1024x1024, 2048x2048, 8 forwards", "s by stage, peak memory",
+         ("P1", "P2"), needs_gpu=True),
+    Case("B4", "pictures at a time", "1024x1024, 1 to 16 pictures", "pictures/s, GB for each", ("P1",), needs_gpu=True),
+    Case("B7", "text encoder", "20, 100, 512 tokens, and one known already", "ms, error", ("P1",), needs_gpu=True),
+    Case("B8", "VAE decode, whole and tiled", _PICTURES, "ms, peak memory, error", ("P1",), needs_gpu=True),
+    Case("B9", "growth of time and memory with the picture", _PICTURES, "ms per TFLOP, GB per megapixel", ("P1",),
+         needs_gpu=True),
+    Case("C0", "roofs of one CPU core: products, attention, copies", "real layers at 512 and 1024 tokens", "GFLOP/s"),
+    Case("C1", "dispatch: what a forward costs beside its arithmetic", "34 blocks, dim 128, 64 tokens",
+         "CPU ms, aten ops, error", ("P1", "P2")),
+    Case("C2", "small models", "dim 256, 512, 768; 96 and 320 tokens; float32 and bf16", "CPU ms, error", ("P1", "P2")),
+    Case("C3", "one block of real width, in every kind of weight", "dim 3840; 384 to 4224 tokens", "CPU ms, error",
+         ("P1", "P2", "P3", "P7")),
+    Case("C5", "opening and mapping a large file", "12.3 GB and 3.2 GB in bf16, two layouts", "s, own memory",
+         ("P1", "P6")),
+    Case("C6", "schedule of streamed weights, simulated", "34 blocks through a link of 12 to 50 GB/s",
+         "time not hidden behind arithmetic"),
+    Case("C7", "exact counters", "forwards per picture; ops, bytes and host reads per forward", "integers, gated"),
+    Case("C8", "text encoder", "100 tokens, four layers of real width", "CPU ms, error", ("P1",)),
+    Case("C9", "VAE decode", "128x128 pixels, real width", "CPU ms, error", ("P1",)),
+)  # fmt: skip
+
+
+def select_cases(text: str) -> list[Case]:
+    """Cases by a comma-separated list of ids and patterns (`C*`, `B1,B3`), in the table's order.
+
+    Raises UserError for one that fits nothing.
+    """
+    wanted = [part.strip().upper() for part in text.split(",") if part.strip()]
+    if not wanted:
+        raise UserError("--cases names no case.", f"Known: {', '.join(case.id for case in CASES)}; C* takes all of C.")
+    for part in wanted:
+        if not any(fnmatchcase(case.id, part) for case in CASES):
+            close = difflib.get_close_matches(part, [case.id for case in CASES], n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            raise UserError(f"There is no case {part!r}.", f"{hint}Known: {', '.join(case.id for case in CASES)}.")
+    return [case for case in CASES if any(fnmatchcase(case.id, part) for part in wanted)]
+
+
+def select_peers(text: str | None) -> frozenset[str]:
+    """Peers by a comma-separated list, `all` or `none`; None takes all but those of ON_REQUEST.
+
+    Raises UserError for an unknown one.
+    """
+    if text is None:
+        return frozenset(PEERS) - ON_REQUEST
+    if text.strip().lower() in ("all", "none"):
+        return frozenset(PEERS) if text.strip().lower() == "all" else frozenset()
+    wanted = [part.strip().upper() for part in text.split(",") if part.strip()]
+    if unknown := [part for part in wanted if part not in PEERS]:
+        raise UserError(f"There is no peer {unknown[0]!r}.", f"Known: {_listed()}; all, none.")
+    return frozenset(wanted)
+
+
+def _listed() -> str:
+    return ", ".join(f"{name} ({what})" for name, what in PEERS.items())
+
+
+def table(cases: Sequence[Case] = CASES) -> str:
+    """The cases for people, one line each."""
+    return "\n".join(
+        f"{case.id}  {case.what}; {case.shapes}{'; needs a GPU' if case.needs_gpu else ''}" for case in cases
+    )

@@ -1,0 +1,176 @@
+"""Every figure this program is to reach: a row of the results page each, measured or not.
+
+Published figures are from their sources' own pages (named in `peer`); floors are arithmetic over what the hardware can
+do at best. A goal that is two things ("and") is two rows. Ratios are of one run: the peer's figure over ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Hardware = Literal["H200", "GPU", "CPU"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """Where a goal's figure stands in the results.
+
+    case, row, who, key: of our figure. per: another of its values to divide it by. versus: the contender whose figure
+    is divided by ours (ours by it, if `inverse`), from `versus_row` where that is another row. bound: what the figure
+    or the quotient is held against. at_most: else at least. scale: makes our figure one in `unit`.
+    """
+
+    case: str
+    row: str
+    bound: float
+    who: str = "ours"
+    key: str = "ms"
+    per: str = ""
+    versus: str = ""
+    versus_row: str = ""
+    inverse: bool = False
+    at_most: bool = True
+    scale: float = 1.0
+    unit: str = "ms"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """section: heading of the page. floor, peer: what is known beforehand, in words. check: None if no case tells."""
+
+    section: str
+    metric: str
+    goal: str
+    hardware: Hardware
+    check: Check | None = None
+    floor: str = ""
+    peer: str = ""
+
+
+SPEED, MEMORY, GROWTH, COLD, CPU = (
+    "Speed on an H200",
+    "Memory at 1024x1024",
+    "Growth",
+    "Cold start",
+    "One CPU core",
+)
+
+
+def _speed(metric: str, goal: str, check: Check | None, floor: str = "", peer: str = "") -> Goal:
+    return Goal(section=SPEED, metric=metric, goal=goal, hardware="H200", check=check, floor=floor, peer=peer)
+
+
+def _cpu(metric: str, goal: str, check: Check, floor: str = "", peer: str = "") -> Goal:
+    return Goal(section=CPU, metric=metric, goal=goal, hardware="CPU", check=check, floor=floor, peer=peer)
+
+
+def _faster(case: str, row: str, bound: float, versus: str, *, who: str = "ours", key: str = "ms") -> Check:
+    """At least `bound` times as fast as another contender of the row."""
+    return Check(case=case, row=row, bound=bound, who=who, versus=versus, key=key, at_most=False, unit="x")
+
+
+def _within(case: str, row: str, bound: float, versus: str, *, who: str = "ours") -> Check:
+    """At most `bound` times the time of another contender of the row."""
+    return Check(case=case, row=row, bound=bound, who=who, versus=versus, inverse=True, unit="x")
+
+
+_H100 = "SGLang on an H100"
+_B200 = "diffusers on a B200 (Unsloth)"
+
+GOALS: tuple[Goal, ...] = (
+    _speed("bf16 forward, 1024x1024", "<= 80 ms", Check(case="B1", row="1024x1024, caption 100", bound=80),
+           "71.5 ms", f"90.0 ms {_H100}"),
+    _speed("8-bit forward, 1024x1024", "<= 58 ms",
+           Check(case="B2", row="int8, 1024x1024", who="ours int8", bound=58), "41 to 51 ms", "74 ms vLLM-Omni fp8"),
+    _speed("int4 r256 forward, 1024x1024", "<= 80 ms, as our bf16",
+           Check(case="B2", row="svdq_int4 r256, 1024x1024", who="ours svdq_int4 r256", bound=80), "57 ms"),
+    _speed("fp4 r128 forward, 1024x1024", "<= 80 ms, as our bf16",
+           Check(case="B2", row="svdq_fp4 r128, 1024x1024", who="ours svdq_fp4 r128", bound=80), "54 ms"),
+    _speed("bf16 forward, 512x512", "<= 20.5 ms", Check(case="B1", row="512x512, caption 100", bound=20.5), "17.2 ms",
+           f"17 ms {_B200}, CUDA graph"),
+    _speed("bf16 forward, 2048x2048", "<= 500 ms", Check(case="B1", row="2048x2048, caption 100", bound=500),
+           "406 ms", f"598 ms {_H100}"),
+    _speed("picture 1024x1024, 8 forwards, bf16", "<= 0.69 s",
+           Check(case="B3", row="1024x1024", bound=0.69, scale=1e-3, unit="s"), "0.587 s",
+           f"0.906 s {_H100}, 9 forwards; 0.671 s {_B200}"),
+    _speed("picture 1024x1024, 8 forwards, 8-bit", "<= 0.50 s", None, "0.35 to 0.43 s", f"0.585 s {_B200}"),
+    _speed("picture 512x512, bf16", "<= 0.185 s", Check(case="B3", row="512x512", bound=0.185, scale=1e-3, unit="s"),
+           "0.142 s", f"0.155 s {_B200}, CUDA graph, 9 forwards"),
+    _speed("picture 512x512, 8-bit", "<= 0.14 s", None, "0.09 s"),
+    _speed("pictures per second, 1024x1024, 8 at a time, bf16", ">= 1.5 /s: a forward of all 8 in <= 667 ms",
+           Check(case="B4", row="8 pictures", bound=667), "588 ms", f"about 1.2 /s {_H100}"),
+    _speed("text encoder, 100 tokens", "<= 12 ms", Check(case="B7", row="100 tokens", bound=12), "2 ms",
+           f"129 ms {_H100}; 8 ms TensorRT on a GB300"),
+    _speed("text encoder, prompt known", "<= 0.2 ms",
+           Check(case="B7", row="100 tokens", who="ours known prompt", bound=0.2), "0 ms"),
+    _speed("VAE decode, 1024x1024", "<= 25 ms", Check(case="B8", row="1024x1024", bound=25), "13 ms",
+           "30 ms TensorRT on a GB300"),
+    _speed("answers the host waits for inside the loop", "0",
+           Check(case="C7", row="the loop of 8 steps", key="host_reads", bound=0, unit=""), "0"),
+    _speed("1024x1024 against diffusers eager", ">= 1.5 x", _faster("B1", "1024x1024, caption 100", 1.5, "P1")),
+    _speed("1024x1024 against diffusers compiled, bf16", ">= 1.10 x",
+           _faster("B1", "1024x1024, caption 100", 1.1, "P2")),
+    _speed("1024x1024 against quanto, int8", ">= 3 x", _faster("B2", "int8, 1024x1024", 3, "P3", who="ours int8")),
+    _speed("1024x1024 against expanding at every call", ">= 5 x",
+           _faster("B2", "nvfp4, 1024x1024", 5, "P7", who="ours nvfp4")),
+    _speed("512x512 against diffusers eager", ">= 2.0 x", _faster("B1", "512x512, caption 100", 2, "P1")),
+    _speed("512x512 against diffusers compiled", ">= 1.3 x", _faster("B1", "512x512, caption 100", 1.3, "P2")),
+    *(
+        Goal(section=MEMORY, metric=f"{variant}, all on the GPU", goal=f"<= {most} GB", hardware="GPU", floor=weights)
+        for variant, most, weights in (
+            ("bf16", "12.8", "12.31 GB of weights"), ("int8", "6.8", "6.30 GB"), ("int4 r256", "5.0", "4.54 GB"),
+            ("fp4 r128", "4.7", "4.20 GB"),
+        )
+    ),
+    *(
+        Goal(section=MEMORY, metric=f"{variant}, streamed in {cap} GB", goal=f"<= {slower} x the time", hardware="GPU")
+        for variant, cap, slower in (
+            ("bf16", "6", "1.1 of what its bytes or its arithmetic take"), ("int8", "3.5", "1.1 of the same"),
+            ("int4 r256", "3.9", "1.05"), ("fp4 r128", "2.9", "1.10"),
+        )
+    ),
+    Goal(section=MEMORY, metric="any variant, streamed", goal="<= 1.5 GB, 1.9 GB at 2048x2048", hardware="GPU",
+         floor="two blocks in bf16: 0.71 GB", peer="1.2 GB ComfyUI"),
+    Goal(section=MEMORY, metric="int8 in 3 GB over 12 GB/s on a 4090's class, simulated", goal="<= 1.1 x the floor",
+         hardware="CPU", floor="1 x: the longer of copying and computing",
+         check=Check(case="C6", row="int8, 4090 class, 12 GB/s, in 3 GB", key="over_floor", bound=1.1, unit="x")),
+    Goal(section=MEMORY, metric="activations of a forward beyond the weights (C7's count)", goal="<= 0.25 GB",
+         hardware="CPU",
+         check=Check(case="C7", row="one forward, 1024x1024, bf16", key="scratch_bytes", bound=0.25, scale=1e-9,
+                     unit="GB")),
+    Goal(section=GROWTH, metric="memory for each further megapixel", goal="<= 0.25 GB", hardware="GPU",
+         check=Check(case="B9", row="fit", key="mb_per_megapixel", bound=0.25, scale=1e-3, unit="GB")),
+    Goal(section=GROWTH, metric="a block's time per FLOP, 1024x1024 against 512x512, one core", goal="within 25 %",
+         hardware="CPU", floor="1 x",
+         check=Check(case="C3", row="growth, 512x512", bound=1.25, per="gflop", versus="ours",
+                     versus_row="growth, 1024x1024", unit="x")),
+    Goal(section=GROWTH, metric="16 pictures at a time, 1024x1024, bf16", goal="<= 16.5 GB", hardware="GPU"),
+    Goal(section=GROWTH, metric="2048x2048 in int8", goal="<= 7.6 GB", hardware="GPU"),
+    Goal(section=COLD, metric="process start to first picture, bf16 / int8", goal="<= 6 s / 4.5 s", hardware="H200",
+         peer="28 s SGLang's load"),
+    Goal(section=COLD, metric="opening 12.3 GB in the official names", goal="<= 0.35 s", hardware="CPU",
+         check=Check(case="C5", row="12.3 GB, official names", key="seconds", bound=0.35, unit="s")),
+    Goal(section=COLD, metric="own memory after opening it", goal="<= 5 % of the file", hardware="CPU",
+         check=Check(case="C5", row="12.3 GB, official names", key="own_mb", bound=5, scale=100 / 12310, unit="%")),
+    Goal(section=COLD, metric="opening 3.2 GB in diffusers' names against diffusers", goal=">= 3 x", hardware="CPU",
+         check=_faster("C5", "3.2 GB, diffusers names", 3, "P1", key="seconds")),
+    _cpu("dispatch of 34 blocks (C1)", ">= 3 x diffusers", _faster("C1", "one forward", 3, "P1")),
+    _cpu("dispatch of 34 blocks (C1)", "<= 6.3 ms", Check(case="C1", row="one forward", bound=6.3)),
+    _cpu("dim 256, 96 tokens, bf16 (C2)", ">= 2 x diffusers", _faster("C2", "dim 256, 96 tokens, bf16", 2, "P1")),
+    _cpu("dim 256, 96 tokens, bf16 (C2)", "<= 1.5 x the bare products",
+         _within("C2", "dim 256, 96 tokens, bf16", 1.5, "raw"), "1 x"),
+    _cpu("real block, bf16, 1024 tokens (C3)", ">= 1.10 x diffusers", _faster("C3", "bf16, 1024 tokens", 1.1, "P1")),
+    _cpu("real block, int8, against diffusers' bf16 (C3)", ">= 1.6 x",
+         _faster("C3", "int8, 1024 tokens", 1.6, "P1", who="ours int8")),
+    _cpu("real block, int8, against quanto's (C3)", ">= 5 x",
+         _faster("C3", "int8, 1024 tokens", 5, "P3", who="ours int8")),
+    _cpu("real block, nvfp4, against our int8 (C3)", "<= 1.15 x its time",
+         _within("C3", "4-bit, 1024 tokens", 1.15, "ours int8", who="ours nvfp4"), "1 x"),
+    _cpu("real block, int4 r128, against our int8 (C3)", "<= 1.15 x its time",
+         _within("C3", "4-bit, 1024 tokens", 1.15, "ours int8", who="ours int4 r128"), "1 x"),
+    _cpu("VAE decode 128x128, bf16 against float32 (C9)", ">= 2.5 x",
+         _faster("C9", "128x128", 2.5, "ours float32", who="ours bf16")),
+    _cpu("text encoder, 100 tokens against padded to 512 (C8)", ">= 4 x", _faster("C8", "100 tokens", 4, "P1"),
+         "5.12 x: the tokens' ratio"),
+)  # fmt: skip

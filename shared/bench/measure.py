@@ -1,0 +1,105 @@
+"""How time is taken: contenders in turns A B C, C B A, ..., in one process, on one thread or by the GPU's own clock."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+Work = Callable[[], Any]
+
+# Below this many repeats a row is slow, and one warm-up has to do.
+MANY = 10
+WARM_UPS = 3
+
+
+class Clock(Protocol):
+    """Times one call. `how`: in words, for the record. `headline`: which figure of a row counts."""
+
+    how: str
+    headline: str
+
+    def time(self, work: Work) -> tuple[float, Any]:
+        """(milliseconds, what work() returned)."""
+
+
+class CpuClock:
+    """CPU time of this process: what other programs do to a shared machine's wall clock does not enter it."""
+
+    how = "CPU time of one thread, least of the repeats"
+    headline = "least"
+
+    def time(self, work: Work) -> tuple[float, Any]:
+        began = time.process_time()
+        result = work()
+        return (time.process_time() - began) * 1e3, result
+
+
+class CudaClock:
+    """The time between two events on the GPU's stream, the host waiting for the second."""
+
+    how = "CUDA events, median of the repeats"
+    headline = "median"
+
+    def time(self, work: Work) -> tuple[float, Any]:
+        import torch
+
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        result = work()
+        end.record()
+        torch.cuda.synchronize()
+        return float(begin.elapsed_time(end)), result
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Milliseconds of one contender's repeats, in the order they were taken."""
+
+    ms: tuple[float, ...]
+
+    @property
+    def least(self) -> float:
+        return min(self.ms)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.ms)
+
+    @property
+    def spread(self) -> float:
+        """The distance between the first and the third quartile; 0 of a single repeat."""
+        if len(self.ms) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.ms, n=4, method="inclusive")
+        return third - first
+
+    def values(self, headline: str) -> dict[str, float | int]:
+        """What a row of the results keeps, `ms` being the figure that counts."""
+        figures = {"ms": getattr(self, headline), "ms_least": self.least, "ms_median": self.median}
+        figures["ms_spread"] = self.spread
+        return {name: round(ms, 4) for name, ms in figures.items()} | {"repeats": len(self.ms)}
+
+
+def interleave(
+    contenders: Mapping[str, Work], clock: Clock, *, repeats: int, warm_ups: int | None = None
+) -> tuple[dict[str, Timing], dict[str, Any]]:
+    """Time all contenders in turns; (timings, what each returned the first time).
+
+    warm_ups: untimed turns before; None takes WARM_UPS, or one where the repeats are few because a call is slow.
+    """
+    warm_ups = (WARM_UPS if repeats >= MANY else 1) if warm_ups is None else warm_ups
+    results: dict[str, Any] = {}
+    for _ in range(max(warm_ups, 1)):
+        for name, work in contenders.items():
+            result = work()
+            results.setdefault(name, result)
+    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    forwards = list(contenders.items())
+    for turn in range(repeats):
+        for name, work in forwards if turn % 2 == 0 else reversed(forwards):
+            taken[name].append(clock.time(work)[0])
+    return {name: Timing(tuple(ms)) for name, ms in taken.items()}, results

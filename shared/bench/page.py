@@ -1,0 +1,212 @@
+"""The results page and its plots, made from the result files alone: docs/benchmarks.md, docs/images/bench_*.svg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from shared.bench import charts
+from shared.bench.card import label
+from shared.bench.cases import CASES
+from shared.bench.goals import GOALS, Goal
+from shared.bench.machine import Machine
+from shared.bench.results import Record, Results, Row
+from shared.bench.verdict import Verdict, judge, latest
+
+PAGE = "docs/benchmarks.md"
+_IMAGES = "docs/images/bench_{}.svg"
+
+_HEAD = """\
+# Benchmarks: goals, and what was measured
+
+This page and its plots are written by `python wgp.py bench --render` from the files in `shared/bench/results/`, and
+from nothing else; a test holds them against each other. `python wgp.py bench` lists the cases, `--cases C1` measures
+one, `--cases "C*"` all that need no GPU.
+
+How figures are taken: we and the peers in one process, on the same weights, in turns (A B C, C B A, ...), after
+warm-ups. On a CPU one thread's CPU time, of which the least counts, because on a shared machine everything else
+measures the neighbours; on a GPU the time between two CUDA events, of which the median counts. Weights are random and
+of the real sizes: speed and memory do not depend on what they say. `error` is the relative L2 distance from the same
+network in float32 (bf16 where a float32 copy would not fit), so every figure of speed stands beside what it costs.
+"""
+
+_GOAL_TITLES = ("What", "Goal", "Floor", "Published", "Peer, same run", "Ours", "First", "Reached", "Measured")
+_UNMEASURED = "Not measured yet"
+
+# Values of a row that a plot of time over size needs.
+_DRAWN = {"ms", "tokens", "gflop"}
+
+
+def render(results: Sequence[Results], goals: Sequence[Goal] = GOALS) -> dict[str, str]:
+    """File name (from the program's folder) -> text, of the page and of every plot there are figures for."""
+    verdicts = [judge(goal, results) for goal in goals]
+    machines = _numbered([result.machine for result in results])
+    images = dict(_plots(results))
+    parts = [_HEAD, *_machines(machines), *_goal_tables(verdicts, machines), *_open_goals(verdicts), *_pictures(images)]
+    parts += _cases(results, machines)
+    return {PAGE: "\n".join(parts).rstrip() + "\n", **{name: text for name, (_, text) in images.items()}}
+
+
+def _numbered(machines: Sequence[Machine]) -> dict[str, tuple[str, Machine]]:
+    """Slug -> (M1, M2, ...; the machine)."""
+    distinct = {machine.slug: machine for machine in machines}
+    return {slug: (f"M{i}", distinct[slug]) for i, slug in enumerate(sorted(distinct), 1)}
+
+
+def _machines(machines: Mapping[str, tuple[str, Machine]]) -> Iterator[str]:
+    for name, machine in machines.values():
+        yield f"- **{name}**: {machine}"
+    yield ""
+
+
+def _goal_tables(verdicts: Sequence[Verdict], machines: Mapping[str, tuple[str, Machine]]) -> Iterator[str]:
+    reached = sum(v.met is True for v in verdicts)
+    measured = sum(v.met is not None for v in verdicts)
+    yield "## Goals\n"
+    yield (
+        f"{len(verdicts)} goals, {measured} measured, {reached} of these reached. Floor: what arithmetic and the "
+        "hardware's rates allow. Published: by others, on the hardware named. First: our earliest figure on the same "
+        "machine, where there is a later one."
+    )
+    for section in dict.fromkeys(v.goal.section for v in verdicts):
+        yield f"\n### {section}\n"
+        yield _row(_GOAL_TITLES)
+        yield _row(["---"] * len(_GOAL_TITLES))
+        for v in (v for v in verdicts if v.goal.section == section):
+            place = f"{v.record.date[:10]}, {machines[v.machine.slug][0]}" if v.record and v.machine else ""
+            reached_cell = "" if v.met is None else "yes" if v.met else "no"
+            known = (v.goal.metric, v.goal.goal, v.goal.floor, v.goal.peer)
+            yield _row([*known, v.peer, v.ours, v.first, reached_cell, place])
+    yield ""
+
+
+def _open_goals(verdicts: Sequence[Verdict]) -> Iterator[str]:
+    """What is measured and not reached, and what is not measured."""
+    for title, chosen in (
+        ("Measured and not reached", [v for v in verdicts if v.met is False]),
+        (_UNMEASURED, [v for v in verdicts if v.met is None]),
+    ):
+        yield f"### {title}\n"
+        if not chosen:
+            yield "Nothing.\n"
+            continue
+        for v in chosen:
+            needs = {"H200": "an H200", "GPU": "a GPU", "CPU": "a CPU"}[v.goal.hardware]
+            how = f"case {v.goal.check.case} on {needs}" if v.goal.check else f"needs {needs}; no case tells it yet"
+            yield f"- {v.goal.metric}: {v.goal.goal} ({v.ours or how})"
+        yield ""
+
+
+def _pictures(images: Mapping[str, tuple[str, str]]) -> Iterator[str]:
+    if images:
+        yield "## Plots\n"
+    for name, (caption, _) in images.items():
+        yield f"![{caption}]({name.removeprefix('docs/')})\n"
+
+
+def _cases(results: Sequence[Results], machines: Mapping[str, tuple[str, Machine]]) -> Iterator[str]:
+    """Every case's newest record, all rows."""
+    yield "## All figures\n"
+    newest = latest(results)
+    for case in CASES:
+        for (slug, name), (_, record) in sorted(newest.items()):
+            if name == case.id:
+                yield f"### {case.id} on {machines[slug][0]}: {case.what}\n"
+                yield f"{case.shapes}. {record.how}. {record.date[:10]}, commit {record.commit}, {_versions(record)}.\n"
+                yield from _rows(record)
+                yield from (f"- {note}" for note in record.notes)
+                yield f"\n`{record.command}`\n"
+
+
+def _versions(record: Record) -> str:
+    shown = ("python", "torch", "diffusers", "optimum-quanto", "comfy-kitchen", "mmgp")
+    return ", ".join(f"{name} {record.versions[name]}" for name in shown if name in record.versions)
+
+
+def _rows(record: Record) -> Iterator[str]:
+    """A table with a column for every value that any row has."""
+    keys = list(dict.fromkeys(key for row in record.rows for key in row.values))
+    keys = [key for key in keys if key not in ("ms_least", "ms_median")]
+    yield _row(["", "who", *keys])
+    yield _row(["---", "---", *(["---:"] * len(keys))])
+    before = ""
+    for row in record.rows:
+        yield _row([row.row if row.row != before else "", label(row.who), *(_cell(row, key) for key in keys)])
+        before = row.row
+    yield ""
+
+
+def _cell(row: Row, key: str) -> str:
+    value = row.values.get(key, "")
+    return f"{value:,.6g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def _plots(results: Sequence[Results]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(file, (caption, SVG)) of what there are figures for, from the newest records."""
+    newest = latest(results)
+    for (slug, case), (machine, record) in sorted(newest.items()):
+        if case == "C3":
+            roof = newest.get((slug, "C0"))
+            yield from _block_plots(record, roof[1] if roof else None, machine)
+        if case == "B1":
+            yield from _forward_plot(record, newest.get((slug, "B0")), machine)
+
+
+def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iterator[tuple[str, tuple[str, str]]]:
+    where = f"one thread of {machine.cpu}"
+    grown = [
+        row for row in record.rows if row.row.startswith("growth, ") and {"ms", "tokens", "gflop"} <= row.values.keys()
+    ]
+    if grown:
+        rate = 0.0 if roofs is None else _best_rate(roofs, "bf16")
+        yield _IMAGES.format("time"), _time_plot(grown, rate, f"One block of real width, bf16 and int8, {where}")
+    weights = {
+        row.who.removeprefix("ours ").replace("ours", "bf16"): float(row.values["weight_bytes"]) / 1e6
+        for row in record.rows
+        if "weight_bytes" in row.values
+    }
+    if weights:
+        title = "Weights of one block by variant (the network has 34)"
+        yield _IMAGES.format("memory"), (title, charts.bars(title, "MB", weights, unit="MB"))
+    placed = {
+        label(row.who): (float(row.values["ms"]), float(row.values["error"]))
+        for row in record.rows
+        if row.row in ("int8, 1024 tokens", "4-bit, 1024 tokens") and {"ms", "error"} <= row.values.keys()
+    }
+    if placed:
+        title = f"Speed and error of one block, 1024 tokens, {where}"
+        drawn = charts.points(title, "CPU ms", "relative error against float32", placed)
+        yield _IMAGES.format("error"), (title, drawn)
+
+
+def _forward_plot(
+    record: Record, roofs: tuple[Machine, Record] | None, machine: Machine
+) -> Iterator[tuple[str, tuple[str, str]]]:
+    rows = [
+        row for row in record.rows if row.row.endswith("caption 100") and {"ms", "tokens", "gflop"} <= row.values.keys()
+    ]
+    if rows:
+        rate = _best_rate(roofs[1], "bf16") if roofs else 0.0
+        yield _IMAGES.format("forward"), _time_plot(rows, rate, f"One forward in bf16, {machine.gpu}")
+
+
+def _time_plot(rows: Sequence[Row], rate: float, title: str) -> tuple[str, str]:
+    """Time over tokens. rate: GFLOP per ms that the machine was seen to reach; 0 draws no floor."""
+    series: dict[str, list[charts.Point]] = {}
+    names = {}
+    for row in rows:
+        x = float(row.values["tokens"])
+        series.setdefault(label(row.who), []).append((x, float(row.values["ms"])))
+        names[x] = row.row.removeprefix("growth, ").partition(",")[0]
+        if rate and row.who == "ours":
+            series.setdefault("floor in bf16", []).append((x, float(row.values["gflop"]) / rate))
+    return title, charts.lines(title, "picture", "ms", series, floor="floor in bf16", names=names)
+
+
+def _best_rate(roofs: Record, kind: str) -> float:
+    """The highest rate of products in a type, GFLOP per ms; 0 when none was taken."""
+    rows = [row for row in roofs.rows if row.who == f"raw {kind}" and "gflop" in row.values]
+    return max((float(row.values["gflop"]) / float(row.values["ms"]) for row in rows), default=0.0)

@@ -1,0 +1,88 @@
+"""The stand that a family's case function is given: it compares, counts and keeps what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.bench.counters import Counts, count
+from shared.bench.measure import MANY, Clock, interleave
+from shared.bench.results import Row, Value
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Stand:
+    """One case's workplace.
+
+    device: where to compute. peers: keys of cases.PEERS that may be run. folder: for files, emptied afterwards.
+    rows, notes: what came out so far. how: the way figures were taken, in words; a case that has its own sets it.
+    """
+
+    def __init__(
+        self,
+        *,
+        device: torch.device,
+        clock: Clock,
+        peers: frozenset[str],
+        folder: Path,
+        repeats: int | None = None,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """repeats: for all rows, in place of what they ask for."""
+        self.device, self.clock, self.peers, self.folder = device, clock, peers, folder
+        self.how = clock.how
+        self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self._repeats, self._tell = repeats, tell
+
+    def compare(
+        self,
+        row: str,
+        contenders: Mapping[str, Callable[[], Any]],
+        *,
+        reference: Tensor | None = None,
+        repeats: int = MANY,
+        facts: Mapping[str, Mapping[str, Value]] | None = None,
+    ) -> dict[str, float]:
+        """Time contenders in turns and keep a row for each, with its error against `reference` where that is given.
+
+        contenders: who -> a call that returns its result, a tensor shaped like the reference, or nothing to compare.
+        Peers that this run leaves out (by their key, before the first blank) are passed over. facts: who -> further
+        values. Returns who -> the milliseconds that count.
+        """
+        taken = {who: work for who, work in contenders.items() if self.wants(who)}
+        self._tell(f"{row}: {', '.join(taken)}")
+        timings, outcomes = interleave(taken, self.clock, repeats=self._repeats or repeats)
+        for who, timing in timings.items():
+            values: dict[str, Value] = dict(timing.values(self.clock.headline))
+            if reference is not None and outcomes[who] is not None:
+                values["error"] = float(f"{relative_error(outcomes[who], reference):.3g}")
+            self.rows.append(Row(row, who, values | dict((facts or {}).get(who, {}))))
+        return {who: getattr(timing, self.clock.headline) for who, timing in timings.items()}
+
+    def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:
+        """Keep what was measured otherwise."""
+        self.rows.append(Row(row, who, dict(values)))
+
+    def count(self, work: Callable[[], Any]) -> Counts:
+        return count(work)
+
+    def wants(self, who: str) -> bool:
+        """Whether a contender is one of ours or a peer of this run."""
+        key = who.split()[0]
+        return not (key[:1] == "P" and key[1:].isdigit()) or key in self.peers
+
+    def note(self, text: str) -> None:
+        """Keep a sentence about the run, such as why a contender is missing."""
+        self._tell(text)
+        self.notes.append(text)
+
+
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference, in float32 on the CPU."""
+    found, reference = found.detach().float().cpu(), reference.detach().float().cpu()
+    return float((found - reference).norm() / reference.norm())
