@@ -39,6 +39,8 @@ CONFIG_KEYS = (
     "checkpoints_paths",
     "save_path",
     "profile",
+    "offload",
+    "max_vram",
     "attention",
     "compute",
     "transformer_quantization",

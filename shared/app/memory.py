@@ -3,67 +3,117 @@
 All figures are in MiB (2**20 bytes). The estimate reads file headers only and needs no torch:
 
     weights  = sum over the files of tensor bytes; 16 and 32 bit numbers count at the size of the compute type
-    denoise  = tokens x widest x compute bytes x 3, twice that with guidance (both passes in one batch)
-               tokens = (width / 16) x (height / 16) + 512, the longest usual prompt
-               widest = most rows of any matrix of the transformer; 3 = input, product and output of one layer
-    decode   = pixels x channels x VAE bytes x 3; in tiles 2 x picture + 3 x tile
-               channels = those that enter the decoder's last stage; 3 = input, normalised input, output of one layer
-    working  = max(denoise, decode): they never live at the same time
-    RAM      = base + weights (+ working on the CPU)
-    VRAM     = weights resident at once + working
+    LoRAs    = the same over their files
+    scratch  = the largest packed matrix unpacked: one at a time is, for kernels that multiply unpacked numbers
+    text     = prompt tokens x per token of the text encoder's block
+    denoise  = (picture + prompt tokens) x per token of the transformer's block, twice that with guidance (both passes
+               in one batch); a picture token covers 16 x 16 pixels
+               per token = (3 x width + 4 x hidden) x compute bytes: the stream, its normalised copy and a result
+               beside the feed-forward's gate, value, activation and product
+    decode   = pixels x channels x VAE bytes x live; in tiles 2 x picture + live x tile
+               channels = those that enter the decoder's last stage
+               live = 3 on a GPU: input, normalised input, output of one layer; 4.6 on a CPU, measured, whose
+               convolutions copy their input and output into an order of their own
+
+    RAM of a stage on the CPU  = base + all weights used up to then + LoRAs + the stage's working memory
+    VRAM of a stage on a GPU   = its model's weights as they are placed + LoRAs + the stage's working memory
 """
 
 from __future__ import annotations
 
+import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.quant.checkpoint import Checkpoint
+from shared.app.stream_schedule import ALIGNMENT
+from shared.quant.checkpoint import Checkpoint, TensorInfo
+from shared.quant.formats import Layer, format_of, layers_of
 
 MIB = 2**20
 
-_BASE_MB = 500.0  # Python, torch, transformers and diffusers imported, nothing loaded; Linux x86-64, CPU build
+STAGES: Mapping[str, str] = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}
+"""Stage -> the module that works in it, in the order in which they come."""
+
+BASE_MB = 480.0  # Python, torch, transformers and diffusers in use, nothing loaded; Linux x86-64, CPU build
 _PROMPT_TOKENS = 512  # longest prompt the text encoder takes
 _PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
 _CELL_PIXELS = 8
 _UNKNOWN_CHANNELS = 256  # the published Z-Image (Flux) VAE's
-_LIVE_TENSORS = 3  # input, normalised input, output
+_LIVE_ON_GPU, _LIVE_ON_CPU = 3.0, 4.6
 _STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
+_BLOCK_TENSORS = 4  # a numbered module of fewer tensors is no block, but a layer of some small stack
 _PLAIN_DTYPES = {
     "F32": 4,
     "F16": 2,
     "BF16": 2,
 }  # converted to the compute dtype at load; packed formats keep their size
+_BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleSizes:
+    """One module, from its files' headers. Bytes as it is loaded.
+
+    blocks: of each repeated block, in the files' order. width, hidden: numbers per token of a block's stream and of its
+    feed-forward. products: numbers that multiply each token in a pass, whatever they are packed in. scratch: bytes of
+    the largest packed matrix when it is unpacked.
+    """
+
+    nbytes: int
+    blocks: tuple[int, ...] = ()
+    width: int = 0
+    hidden: int = 0
+    products: int = 0
+    scratch: int = 0
+
+    @property
+    def trunk(self) -> int:
+        """Bytes of what belongs to no block."""
+        return self.nbytes - sum(self.blocks)
+
+    @property
+    def per_token(self) -> int:
+        """Numbers that live at once for each token, at a block's widest moment."""
+        return 3 * self.width + 4 * self.hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """The terms of the formula above for one run, MiB. ram_mb and vram_mb follow from where the weights are placed."""
+    """The terms of the formula above for one run, MiB, before anything is placed.
 
-    weights_mb: Mapping[str, float]  # by module: transformer, text_encoder, vae
+    sizes: by module: transformer (with its control branch), text_encoder, vae. decode_tiled_mb: of the decode in tiles
+    of that many latent cells, for those that are worth a try. tokens: of picture and prompt in one pass.
+    """
+
+    sizes: Mapping[str, ModuleSizes]
+    loras_mb: float
+    text_mb: float
     denoise_mb: float
     decode_mb: float
-    ram_mb: float = 0.0
-    vram_mb: float = 0.0  # 0 on the CPU
+    tile: int  # latent cells that decode_mb is for; 0 in one piece
+    decode_tiled_mb: Mapping[int, float]
+    tokens: int
 
-    def placed(self, *, on_cpu: bool, resident_mb: float | None) -> MemoryEstimate:
-        """The same with RAM and VRAM. resident_mb: most weights on the GPU at once; None = all of them."""
-        weights = sum(self.weights_mb.values())
-        working = max(self.denoise_mb, self.decode_mb)
-        resident = weights if resident_mb is None else min(weights, resident_mb)
-        ram = _BASE_MB + weights + (working if on_cpu else 0.0)
-        return replace(self, ram_mb=ram, vram_mb=0.0 if on_cpu else resident + working)
+    @property
+    def weights_mb(self) -> dict[str, float]:
+        return {name: size.nbytes / MIB for name, size in self.sizes.items()}
+
+    @property
+    def working_mb(self) -> dict[str, float]:
+        """By stage."""
+        return {"text": self.text_mb, "denoise": self.denoise_mb, "decode": self.decode_mb}
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "weights_mb": {name: round(size, 1) for name, size in self.weights_mb.items()},
+            "loras_mb": round(self.loras_mb, 1),
+            "text_mb": round(self.text_mb, 1),
             "denoise_mb": round(self.denoise_mb, 1),
             "decode_mb": round(self.decode_mb, 1),
-            "ram_mb": round(self.ram_mb, 1),
-            "vram_mb": round(self.vram_mb, 1),
         }
 
 
@@ -78,30 +128,49 @@ def estimate_memory(
     compute_bytes: int,
     vae_bytes: int,
     guided: bool,
+    loras: Sequence[Path] = (),
+    on_cpu: bool = True,
 ) -> MemoryEstimate:
-    """Weights and working sets from the headers of the files that will be loaded; not placed yet.
+    """Weights and working sets from the headers of the files that will be loaded.
 
     transformer: the main file and its module files. width, height: pixels. tile_cells: latent cells, 0 is untiled.
     compute_bytes, vae_bytes: bytes per number of the two dtypes. guided: two passes in one batch.
     Raises CheckpointError when a header cannot be read.
     """
-    files = [Checkpoint.open(path) for path in transformer]
     vae_file = Checkpoint.open(vae)
-    weights = {
-        "transformer": sum(_loaded_bytes(file, compute_bytes) for file in files) / MIB,
-        "text_encoder": _loaded_bytes(Checkpoint.open(text_encoder), compute_bytes) / MIB,
-        "vae": _loaded_bytes(vae_file, vae_bytes) / MIB,
+    sizes = {
+        "transformer": _module([Checkpoint.open(path) for path in transformer], compute_bytes),
+        "text_encoder": _module([Checkpoint.open(text_encoder)], compute_bytes),
+        "vae": ModuleSizes(nbytes=sum(_loaded_bytes(info, vae_bytes) for info in vae_file.tensors.values())),
     }
-    widest = max((info.shape[0] for file in files for info in file.tensors.values() if len(info.shape) == 2), default=0)
     tokens = (width // _PATCH_PIXELS) * (height // _PATCH_PIXELS) + _PROMPT_TOKENS
-    denoise = tokens * widest * compute_bytes * _LIVE_TENSORS * (2 if guided else 1)
-    pixels, tile = width * height, (tile_cells or 0) * _CELL_PIXELS
-    if tile:
-        live_pixels = _STORED_TENSORS * pixels + _LIVE_TENSORS * min(width, tile) * min(height, tile)
-    else:
-        live_pixels = _LIVE_TENSORS * pixels
-    decode = live_pixels * _last_stage_channels(vae_file) * vae_bytes
-    return MemoryEstimate(weights_mb=weights, denoise_mb=denoise / MIB, decode_mb=decode / MIB)
+    drawn = sizes["transformer"]
+    read = sizes["text_encoder"]
+    pixels = width * height
+    per_pixel = _last_stage_channels(vae_file) * vae_bytes
+    live = _LIVE_ON_CPU if on_cpu else _LIVE_ON_GPU
+
+    def decode(tile: int) -> float:
+        side = tile * _CELL_PIXELS
+        if not tile or max(width, height) <= side:
+            return live * pixels * per_pixel / MIB
+        stored = _STORED_TENSORS * pixels if on_cpu else 0  # with a GPU, whole activations are kept in RAM
+        return (stored + live * min(width, side) * min(height, side)) * per_pixel / MIB
+
+    return MemoryEstimate(
+        sizes=sizes,
+        loras_mb=sum(_loaded_bytes(i, compute_bytes) for p in loras for i in Checkpoint.open(p).tensors.values()) / MIB,
+        text_mb=(_PROMPT_TOKENS * read.per_token * compute_bytes + read.scratch) / MIB,
+        denoise_mb=(tokens * (2 if guided else 1) * drawn.per_token * compute_bytes + drawn.scratch) / MIB,
+        decode_mb=decode(tile_cells or 0),
+        tile=tile_cells or 0,
+        decode_tiled_mb={tile: decode(tile) for tile in TILES},
+        tokens=tokens * (2 if guided else 1),
+    )
+
+
+TILES = (64, 32, 16)
+"""Sides of decoding tiles in latent cells, from large to small, that are tried where one piece is too much."""
 
 
 def peak_rss_mb() -> float | None:
@@ -119,6 +188,24 @@ def peak_rss_mb() -> float | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MIB  # bytes on macOS
+
+
+def free_vram_bytes() -> int | None:
+    """Bytes that this process can have on the first GPU, what its tensors hold now among them; None if not known."""
+    torch = _torch_with_cuda()
+    if torch is None:
+        return None
+    return int(torch.cuda.mem_get_info(0)[0]) + int(torch.cuda.memory_reserved(0))
+
+
+def free_ram_bytes() -> int | None:
+    """Bytes of RAM that can be had without swapping, this process's own among them; None if the system does not say."""
+    listing = Path("/proc/meminfo")
+    if not listing.is_file():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", listing.read_text(encoding="ascii", errors="replace"))
+    own = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
+    return None if found is None else (int(found[1]) + (int(own[1]) if own else 0)) * 1024
 
 
 def reset_peak_vram() -> None:
@@ -143,11 +230,53 @@ def _torch_with_cuda() -> Any | None:
     return torch if torch is not None and torch.cuda.is_available() else None
 
 
-def _loaded_bytes(file: Checkpoint, compute_bytes: int) -> float:
-    return sum(
-        info.nbytes * compute_bytes / _PLAIN_DTYPES[info.dtype] if info.dtype in _PLAIN_DTYPES else info.nbytes
-        for info in file.tensors.values()
+def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:
+    """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count."""
+    blocks: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    matrices: list[tuple[str, tuple[int, ...]]] = []
+    total = scratch = 0
+    for number, file in enumerate(files):
+        for info in file.tensors.values():
+            size = _loaded_bytes(info, compute_bytes)
+            total += size
+            if found := _BLOCK_NAME.match(info.name):
+                name = f"{number} {found[0]}"
+                blocks[name] = blocks.get(name, 0) + -(-size // ALIGNMENT) * ALIGNMENT
+                counts[name] = counts.get(name, 0) + 1
+        for module, layer in layers_of(file, list(file.tensors)).items():
+            shape, packed = _matrix(layer)
+            if len(shape) == 2:
+                matrices.append((module, shape))
+                if packed:
+                    scratch = max(scratch, math.prod(shape) * compute_bytes)
+    real = {name for name, count in counts.items() if count >= _BLOCK_TENSORS}
+    inside = [
+        shape for module, shape in matrices if any(module.startswith(name.split(" ", 1)[1] + ".") for name in real)
+    ]
+    # The feed-forward's way back is the matrix that takes most numbers, however its way out is stored (w1, w3, w13).
+    width, hidden = max(inside, key=lambda shape: shape[1], default=(0, 0))
+    return ModuleSizes(
+        nbytes=total,
+        blocks=tuple(size for name, size in blocks.items() if name in real),
+        width=width,
+        hidden=hidden,
+        products=sum(math.prod(shape) for shape in inside if shape[1] >= width),
+        scratch=scratch,
     )
+
+
+def _matrix(layer: Layer) -> tuple[tuple[int, ...], bool]:
+    """The shape a layer's weight stands for, () without one, and whether it is packed."""
+    packed = format_of(layer)
+    if packed is not None:
+        return packed.shape(layer), True
+    return (layer.tensors["weight"].shape, False) if "weight" in layer.tensors else ((), False)
+
+
+def _loaded_bytes(info: TensorInfo, compute_bytes: int) -> int:
+    plain = _PLAIN_DTYPES.get(info.dtype)
+    return info.nbytes if plain is None else info.nbytes * compute_bytes // plain
 
 
 def _last_stage_channels(vae: Checkpoint) -> int:

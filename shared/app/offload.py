@@ -1,7 +1,8 @@
-"""Where a model's weights live while it runs: all on one device, or streamed through a small GPU by mmgp.
+"""Where a model's weights live while it runs: all on one device, or streamed through a small GPU.
 
 An Offloader takes the named modules that a handler loaded ("transformer", "text_encoder", "vae") and sees to it that
-each is on the compute device when it runs. The rest of the program only ever sees `offloader.device`.
+each is on the compute device when it runs. The rest of the program only ever sees `offloader.device`. There are three:
+DirectPlacement here, mmgp's profiles (mmgp_engine.py), and our own streamer.py; memory_plan.py chooses.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from shared.quant.errors import UserError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from shared.app.memory_plan import MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -179,40 +182,36 @@ class DirectPlacement:
         return f"all weights {where}{size}"
 
 
-def choose_offloader(
-    device: DeviceInfo,
-    profile: float | None = None,
-    *,
-    weights: Mapping[str, int] | None = None,
-    ram: int | None = None,
-) -> tuple[Offloader, str]:
-    """The offloader for a device, and why.
+def make_offloader(device: DeviceInfo, plan: MemoryPlan | None, profile: float | None = None) -> Offloader:
+    """The offloader that a plan asks for.
 
-    profile: a number of PROFILES; None, 0 or -1 chooses by size. It matters on NVIDIA GPUs only.
-    weights: bytes of each module's weights by name, where known: then what fits stays on the GPU.
-    ram: bytes of main memory; None asks the machine.
-    Raises UserError for a number that is not in PROFILES. A missing or broken mmgp is no error: everything is then
-    put on the GPU at once, and a warning says so.
+    plan: None where sizes are not known; an NVIDIA GPU then gets mmgp with `profile`, or profile 4. A missing or broken
+    mmgp is no error: weights are streamed without it, and a warning says so. A cap of the plan holds for the whole
+    process: beyond it torch finds no memory.
+    Raises UserError for a number that is not in PROFILES.
     """
-    chosen = find_profile(profile)
     if device.kind != "cuda":
-        ignored = f"; profile {chosen.number:g} is for NVIDIA GPUs" if chosen else ""
-        memory = "the CPU and the GPU share their memory" if device.kind == "mps" else "there is no GPU to share"
-        return DirectPlacement(device.kind), f"{memory}{ignored}"
+        return DirectPlacement(device.kind)
+    if plan is not None and plan.cap is not None and device.total_memory:
+        import torch
 
-    reason = "asked for"
-    if chosen is None:
-        chosen, reason = automatic_profile(device.total_memory, ram_bytes() if ram is None else ram, weights)
-    if chosen is None:
-        return DirectPlacement("cuda"), reason
-    try:
-        from shared.app.mmgp_engine import MmgpOffload
-    # A package that does not fit its neighbours fails in any of these ways while it is imported.
-    except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
-        reason = f"profile {chosen.number:g} needs mmgp, which does not load here ({error}); all weights go on the GPU"
-        logger.warning("%s", reason)
-        return DirectPlacement("cuda"), reason
-    return MmgpOffload(chosen, total_memory=device.total_memory), reason
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.cap / device.total_memory))
+    if plan is not None and plan.engine == "direct":
+        return DirectPlacement("cuda")
+    budget = plan.budget if plan is not None else round(WEIGHTS_SHARE * (device.total_memory or 0) / 2)
+    lock = plan.lock if plan is not None else ram_bytes() // 2
+    if plan is None or plan.engine == "mmgp":
+        chosen = (plan.profile if plan is not None else find_profile(profile)) or PROFILES[4]
+        try:
+            from shared.app.mmgp_engine import MmgpOffload
+        # A package that does not fit its neighbours fails in any of these ways while it is imported.
+        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
+            logger.warning("mmgp does not load here (%s); weights are streamed without it", error)
+        else:
+            return MmgpOffload(chosen, total_memory=plan.gpu_bytes if plan is not None else device.total_memory)
+    from shared.app.streamer import StreamOffload
+
+    return StreamOffload(budget=budget, lock=lock)
 
 
 def find_profile(number: float | None) -> Profile | None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from shared.app.annotators import annotator_of, folder_of
 from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect, ram_bytes
 from shared.app.loras import Strength
-from shared.app.memory import MIB, MemoryEstimate, estimate_memory
-from shared.app.offload import automatic_profile, budgets_mib, find_profile
+from shared.app.memory import MemoryEstimate, estimate_memory, free_ram_bytes, free_vram_bytes
+from shared.app.memory_plan import MemoryPlan, Relief, parse_size, plan_memory, unknown_sizes
 from shared.app.presets import QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
 from shared.preprocess import FILES
 from shared.quant.checkpoint import SUFFIXES
@@ -80,7 +80,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationPlan:
-    """Everything decided for one generation. memory is None while a weights file is missing."""
+    """Everything decided for one generation. memory and placement are None while a weights file is missing."""
 
     preset: Preset
     settings: GenerationSettings
@@ -92,6 +92,7 @@ class GenerationPlan:
     safer: tuple[str, ...]  # what an earlier drawing had to do against bad numbers and this one begins with, by name
     offload: Choice
     memory: MemoryEstimate | None
+    placement: MemoryPlan | None
 
     @property
     def missing(self) -> tuple[PlannedFile, ...]:
@@ -124,15 +125,21 @@ class GenerationPlan:
             "attention": _choice_dict(self.attention),
             "compute": _choice_dict(self.compute),
             "offload": _choice_dict(self.offload),
-            "memory": self.memory and self.memory.as_dict(),
+            "memory": self.memory and self.placement and self.memory.as_dict() | self.placement.as_dict(),
         }
 
 
-def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, machine: Machine) -> GenerationPlan:
+def make_plan(
+    ctx: AppContext,
+    preset: Preset,
+    settings: GenerationSettings,
+    machine: Machine,
+    relief: Relief | None = None,
+) -> GenerationPlan:
     """Decide everything for one generation of `preset` with `settings` on `machine`. Touches no network.
 
-    Raises UserError for a LoRA that is nowhere, a LoRA strength that is none, an unknown attention, compute
-    or profile, a weights file with a broken header.
+    relief: what is to be kept to because memory ran out before. Raises UserError for a LoRA that is nowhere, a LoRA
+    strength that is none, an unknown attention, compute, offload or profile, a weights file with a broken header.
     """
     preset = preset.configured(str(settings.extra.get("config") or ""))
     files = find_files(ctx, wanted_files(ctx, preset, machine.device))
@@ -150,7 +157,8 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
     compute = choose_compute(ctx)
     if compute.value == "auto" and "compute" in remembered:
         compute = Choice(REFERENCE, remembered["compute"])
-    offload, memory = _weigh(ctx, preset, settings, files, machine)
+    lora_paths = [file.path for _, file in loras if file.path is not None]
+    offload, memory, placement = _weigh(ctx, settings, files, lora_paths, machine, relief)
     return GenerationPlan(
         preset=preset,
         settings=settings,
@@ -162,6 +170,7 @@ def make_plan(ctx: AppContext, preset: Preset, settings: GenerationSettings, mac
         safer=tuple(remembered),
         offload=offload,
         memory=memory,
+        placement=placement,
     )
 
 
@@ -187,6 +196,11 @@ def requested_profile(ctx: AppContext) -> float | None:
         if value is not None and value != -1:
             return float(value)
     return None
+
+
+def requested_offload(ctx: AppContext) -> str:
+    """How weights are to be moved: the flag, else the configuration, else "auto"."""
+    return str(getattr(ctx.args, "offload", None) or ctx.config.get("offload") or "auto").strip().lower()
 
 
 def _requested_quantization(ctx: AppContext, key: str) -> str:
@@ -267,53 +281,46 @@ def _in_safer_type(machine: Machine, remembered: Mapping[str, str]) -> Machine:
 
 def _weigh(
     ctx: AppContext,
-    preset: Preset,
     settings: GenerationSettings,
     files: Sequence[PlannedFile],
+    loras: Sequence[Path],
     machine: Machine,
-) -> tuple[Choice, MemoryEstimate | None]:
-    """The offload choice and the memory estimate; sizes are known only when every weights file is here."""
+    relief: Relief | None,
+) -> tuple[Choice, MemoryEstimate | None, MemoryPlan | None]:
+    """Where weights will live, and the memory it takes; sizes are known only when every weights file is here."""
     paths = {
         role: [f.path for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")
     }
     known = {role: [path for path in found if path is not None] for role, found in paths.items()}
-    complete = known == paths and bool(known["text_encoder"]) and bool(known["vae"])
-    estimate = None
-    if complete:
-        estimate = estimate_memory(
-            transformer=[*known["transformer"], *known["module"]],
-            text_encoder=known["text_encoder"][0],
-            vae=known["vae"][0],
-            width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
-            height=round(settings.height * settings.edit.hires_scale),
-            tile_cells=settings.VAE_tile_size,
-            compute_bytes=DTYPE_BYTES[machine.dtype.value],
-            vae_bytes=DTYPE_BYTES[VAE_DTYPE],
-            guided=settings.guidance_scale > 0,
-        )
-    offload, resident_mb = _choose_offload(ctx, machine.device, estimate)
-    return offload, estimate and estimate.placed(on_cpu=machine.device.kind == "cpu", resident_mb=resident_mb)
-
-
-def _choose_offload(
-    ctx: AppContext, device: DeviceInfo, estimate: MemoryEstimate | None
-) -> tuple[Choice, float | None]:
-    """What `choose_offloader` will decide, without its imports; and MiB of weights on the GPU at once (None: all)."""
-    profile = find_profile(requested_profile(ctx))
-    if device.kind != "cuda":
-        memory = "the CPU and the GPU share their memory" if device.kind == "mps" else "there is no GPU to share"
-        return Choice("direct", memory), None
-    reason = "asked for"
-    weights = {name: round(mb * MIB) for name, mb in estimate.weights_mb.items()} if estimate else None
-    if profile is None:
-        profile, reason = automatic_profile(device.total_memory, ram_bytes(), weights)
-    if profile is None:
-        return Choice("direct", reason), None
-    choice = Choice(f"profile {profile.number:g}", f"{reason}. {profile.sentence}")
-    if weights is None:
-        return choice, None
-    budgets = budgets_mib(profile, weights, device.total_memory)
-    return choice, max(min(budgets[name] or size / MIB, size / MIB) for name, size in weights.items())
+    device = machine.device
+    offload, profile = requested_offload(ctx), requested_profile(ctx)
+    cap = parse_size(getattr(ctx.args, "max_vram", None) or ctx.config.get("max_vram"))
+    if known != paths or not known["text_encoder"] or not known["vae"]:
+        return Choice(*unknown_sizes(device, offload, profile)), None, None
+    estimate = estimate_memory(
+        transformer=[*known["transformer"], *known["module"]],
+        text_encoder=known["text_encoder"][0],
+        vae=known["vae"][0],
+        width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
+        height=round(settings.height * settings.edit.hires_scale),
+        tile_cells=settings.VAE_tile_size,
+        compute_bytes=DTYPE_BYTES[machine.dtype.value],
+        vae_bytes=DTYPE_BYTES[VAE_DTYPE],
+        guided=settings.guidance_scale > 0,
+        loras=loras,
+        on_cpu=device.kind == "cpu",
+    )
+    placement = plan_memory(
+        estimate,
+        device,
+        ram=ram_bytes(),
+        free=free_vram_bytes() if device.kind == "cuda" else free_ram_bytes(),
+        cap=cap,
+        offload=offload,
+        profile=profile,
+        relief=relief,
+    )
+    return Choice(placement.name, f"{placement.reason}. {' '.join(placement.sentences)}"), estimate, placement
 
 
 def beside_transformer(files: Sequence[PlannedFile]) -> Path | None:

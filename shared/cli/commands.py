@@ -178,12 +178,23 @@ def plan_text(plan: GenerationPlan, output: str, count: int) -> str:
         "offload": f"{plan.offload.value} ({plan.offload.reason})",
     }
     lines += ["", "Machine", *(f"  {name:<13} {words}" for name, words in choices.items()), ""]
-    if plan.memory is None:
-        lines.append("Memory: known when all weights are on this machine")
-    else:
-        vram = f", {plan.memory.vram_mb:,.0f} MiB on the GPU" if plan.memory.vram_mb else ""
-        lines.append(f"Memory, estimated: {plan.memory.ram_mb:,.0f} MiB of RAM{vram}")
+    lines += memory_lines(plan)
     return "\n".join(lines)
+
+
+def memory_lines(plan: GenerationPlan) -> list[str]:
+    """What the pictures will take and where, stage by stage."""
+    placed = plan.placement
+    if placed is None:
+        return ["Memory: known when all weights are on this machine"]
+    vram = f", {placed.vram_mb:,.0f} MiB on the GPU" if placed.vram_mb else ""
+    stages = ", ".join(f"{stage} {peak:,.0f}" for stage, peak in placed.peaks_mb.items())
+    where = "on the GPU" if placed.vram_mb else "of RAM"
+    return [
+        f"Memory, estimated: {placed.ram_mb:,.0f} MiB of RAM{vram}",
+        f"  by stage    MiB {where}: {stages}",
+        *(f"  {'plan' if i == 0 else '':<11} {sentence}" for i, sentence in enumerate(placed.sentences)),
+    ]
 
 
 def inspection_text(description: Mapping[str, Any]) -> str:

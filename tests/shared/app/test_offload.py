@@ -6,12 +6,14 @@ import gc
 import logging
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from shared.app.device import DeviceInfo
+from shared.app.memory_plan import MemoryPlan
 from shared.app.offload import (
     ALIGNMENT,
     MIB,
@@ -20,10 +22,11 @@ from shared.app.offload import (
     align_integer_weights,
     automatic_profile,
     budgets_mib,
-    choose_offloader,
     find_profile,
+    make_offloader,
     weight_bytes,
 )
+from shared.app.streamer import StreamOffload
 from shared.quant.errors import UserError
 from tests.support.fake_cuda import fake_cuda
 
@@ -33,6 +36,11 @@ CPU = DeviceInfo("cpu", "a CPU", None, 16 * GIB, "")
 # The published 6B model in bfloat16: 6.2, 4.0 and 0.08 billion numbers.
 BF16 = {"transformer": int(12.3e9), "text_encoder": int(7.9e9), "vae": int(0.17e9)}
 INT4 = {"transformer": int(4.5e9), "text_encoder": int(7.9e9), "vae": int(0.17e9)}
+
+
+def planned(engine: str, **changes: Any) -> MemoryPlan:
+    known = {"reason": "", "peaks_mb": {}, "ram_mb": 0.0, "vram_mb": 0.0, "sentences": (), "step_seconds": {}}
+    return MemoryPlan(engine=engine, **known | {"gpu_bytes": 8 * GIB} | changes)  # type: ignore[arg-type]
 
 
 def gpu(gibibytes: float) -> DeviceInfo:
@@ -169,21 +177,36 @@ def test_no_profile_leaves_the_choice_to_the_program(automatic: float | None) ->
 
 def test_an_unknown_profile_names_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"no profile 6\. Choose from 1, 2, 3, 3\.5, 4, 4\.5, 5"):
-        choose_offloader(CPU, 6)
+        find_profile(6)
 
 
-def test_without_an_nvidia_gpu_everything_is_placed_directly_and_a_profile_is_said_to_be_unused() -> None:
-    offloader, reason = choose_offloader(CPU, 4)
-
-    assert isinstance(offloader, DirectPlacement)
-    assert "profile 4 is for NVIDIA GPUs" in reason
+def test_without_an_nvidia_gpu_everything_is_placed_directly() -> None:
+    assert isinstance(make_offloader(CPU, planned("direct"), 4), DirectPlacement)
+    assert isinstance(make_offloader(CPU, None), DirectPlacement)
 
 
-def test_a_gpu_with_room_for_all_weights_gets_them_all() -> None:
-    offloader, reason = choose_offloader(gpu(32), weights=BF16, ram=64 * GIB)
+def test_a_plan_with_room_for_everything_puts_it_on_the_gpu() -> None:
+    offloader = make_offloader(gpu(32), planned("direct"))
 
     assert isinstance(offloader, DirectPlacement)
-    assert "everything fits on the GPU" in reason
+    assert offloader.device.type == "cuda"
+
+
+def test_a_plan_to_stream_is_followed_with_its_budget() -> None:
+    offloader = make_offloader(gpu(8), planned("stream", budget=3 * GIB))
+
+    assert isinstance(offloader, StreamOffload)
+    assert offloader.budget == 3 * GIB
+
+
+def test_a_cap_holds_for_torch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+
+    make_offloader(gpu(16), planned("stream", budget=GIB, cap=4 * GIB))
+    make_offloader(gpu(16), planned("stream", budget=GIB))
+
+    assert shares == [0.25]
 
 
 @pytest.mark.parametrize(
@@ -215,27 +238,26 @@ def test_unknown_sizes_take_profile_4() -> None:
     assert profile is PROFILES[4]
 
 
-def test_a_missing_mmgp_puts_everything_on_the_gpu_with_one_warning(
+def test_without_mmgp_weights_are_streamed_and_a_warning_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.delitem(sys.modules, "shared.app.mmgp_engine", raising=False)
     monkeypatch.setitem(sys.modules, "mmgp", None)  # makes `import mmgp` raise ImportError
 
     with caplog.at_level(logging.WARNING):
-        offloader, reason = choose_offloader(gpu(24), 4)
+        offloader = make_offloader(gpu(24), planned("mmgp", profile=PROFILES[4], budget=GIB))
 
-    assert isinstance(offloader, DirectPlacement)
-    assert offloader.device.type == "cuda"
-    assert "profile 4 needs mmgp" in reason
-    assert [record.getMessage() for record in caplog.records] == [reason]
+    assert isinstance(offloader, StreamOffload)
+    assert "mmgp does not load here" in caplog.text
 
 
-def test_a_profile_asked_for_on_a_gpu_uses_mmgp() -> None:
+@pytest.mark.parametrize("plan", [planned("mmgp", profile=PROFILES[3.5]), None])
+def test_a_profile_asked_for_on_a_gpu_uses_mmgp(plan: MemoryPlan | None) -> None:
     pytest.importorskip("mmgp")
 
-    offloader, reason = choose_offloader(gpu(24), 3.5)
+    offloader = make_offloader(gpu(24), plan, 3.5)
 
-    assert (offloader.name, reason) == ("mmgp", "asked for")
+    assert offloader.name == "mmgp"
     assert offloader.device.type == "cuda"
     assert PROFILES[3.5].sentence in offloader.describe()
 

@@ -12,6 +12,7 @@ import pytest
 
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
+from shared.app.memory_plan import Relief
 from shared.app.plan import Choice, GenerationPlan, Machine, find_machine, find_machine_quickly, make_plan
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
@@ -120,14 +121,14 @@ def test_on_the_cpu_weights_are_placed_directly(ctx: AppContext) -> None:
     made = plan(ctx)
 
     assert made.offload.value == "direct"
-    assert made.memory is not None and made.memory.vram_mb == 0
+    assert made.placement is not None and made.placement.vram_mb == 0
 
 
 def test_a_card_with_room_for_all_needs_no_profile(ctx: AppContext) -> None:
     made = plan(ctx, machine=CARD)
 
     assert made.offload.value == "direct"
-    assert made.memory is not None and made.memory.vram_mb > 0
+    assert made.placement is not None and made.placement.vram_mb > 0
 
 
 def test_the_profile_flag_decides_before_the_configuration(ctx: AppContext) -> None:
@@ -141,8 +142,33 @@ def test_the_profile_flag_decides_before_the_configuration(ctx: AppContext) -> N
     assert plan(ctx, machine=CARD).offload.value == "profile 5"
 
 
+def test_the_offload_flag_and_the_cap_decide_before_the_configuration(ctx: AppContext) -> None:
+    ctx.config |= {"offload": "mmgp", "max_vram": "8GB"}
+    assert plan(ctx, machine=CARD).offload.value.startswith("profile")
+
+    ctx.args.offload, ctx.args.max_vram = "stream", "2GB"
+    made = plan(ctx, machine=CARD)
+    assert made.offload.value == "stream"
+    assert made.placement is not None and made.placement.cap == 2 * GIB
+    assert json.loads(json.dumps(made.as_dict()))["memory"]["cap_mb"] == 2048
+
+
+def test_what_was_tried_before_is_kept_to(ctx: AppContext) -> None:
+    preset = ctx.presets.get("one")
+    settings = GenerationSettings.build(preset, {}, {"prompt": "fox"})
+
+    assert make_plan(ctx, preset, settings, CARD, Relief(engine="stream")).offload.value == "stream"
+
+
 @pytest.mark.parametrize(
-    ("flags", "named"), [({"profile": 7.0}, "7"), ({"attention": "sdap"}, "sdap"), ({"attention": "sage"}, "sage")]
+    ("flags", "named"),
+    [
+        ({"offload": "disk"}, "disk"),
+        ({"max_vram": "much"}, "much"),
+        ({"profile": 7.0}, "7"),
+        ({"attention": "sdap"}, "sdap"),
+        ({"attention": "sage"}, "sage"),
+    ],
 )
 def test_a_flag_that_cannot_be_followed_is_the_users_mistake(
     ctx: AppContext, flags: dict[str, Any], named: str
