@@ -20,11 +20,13 @@ Shape legend:  B batch   S tokens   D model width   H heads   E head width   F f
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from shared.ops import eager
+from shared.ops import eager, triton_ready
 
 
 class Operations(Protocol):
@@ -47,8 +49,22 @@ class Operations(Protocol):
 
 
 def implementation(x: Tensor) -> Operations:
-    """The module whose functions serve tensors like x now."""
-    return eager
+    """The module whose functions serve tensors like x now: Triton's on NVIDIA GPUs, where no gradient is asked for."""
+    return _on_gpu(x.device) if x.is_cuda and not torch.is_grad_enabled() else eager
+
+
+@cache
+def _on_gpu(device: torch.device) -> Operations:
+    if triton_ready.why_not(device) is not None:
+        return eager
+    from shared.ops import fused
+
+    return fused
+
+
+def _serving(x: Tensor, factor: Tensor | None) -> Operations:
+    """The same for a factor; one for each token, (1, S, D), as Omni's clean and noisy ones have, is eager's alone."""
+    return eager if factor is not None and factor.shape[1] > 1 else implementation(x)
 
 
 def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False) -> Tensor:
@@ -56,7 +72,7 @@ def rms_norm_modulate(x: Tensor, weight: Tensor, scale: Tensor | None, eps: floa
 
     x: (B, S, D). weight: (D,). scale: (B or 1, 1, D) or None for 1.
     """
-    return implementation(x).rms_norm_modulate(x, weight, scale, eps, exact=exact)
+    return _serving(x, scale).rms_norm_modulate(x, weight, scale, eps, exact=exact)
 
 
 def gate_residual(
@@ -66,7 +82,7 @@ def gate_residual(
 
     x: (B, S, D) the residual stream. y: (B, S, D) what is added. gate: (B or 1, 1, D) or None for 1. weight: (D,).
     """
-    return implementation(x).gate_residual(x, y, gate, weight, eps, exact=exact)
+    return _serving(x, gate).gate_residual(x, y, gate, weight, eps, exact=exact)
 
 
 def qk_norm_rope(
@@ -74,6 +90,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys, values as attention reads them, (B, H, S, E) each in qkv's type (strides are the device's choice).
 
+    qkv itself is used up: the results may be views of it, written over.
     qkv: (B, S, 3 * H * E), all queries first, then keys, then values. q_weight, k_weight: (E,) of the head-wise RMS
     norms. rope: (B or 1, S, 1, E / 2, 2) float32, cosine and sine of each pair's angle; pairs are (x[2i], x[2i + 1]).
     """
