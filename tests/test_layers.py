@@ -22,7 +22,7 @@ HOST_API = (
 
 # Package: what of ours it may import besides itself. "models.*" is one family.
 MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
-    "shared.quant": (),
+    "shared.quant": ("shared.ops",),
     "shared.samplers": (),
     "shared.ops": (),
     "shared.utils": (),

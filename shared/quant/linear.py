@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from shared.ops.rounding import Kind, Rounded
 from shared.quant import kernels
+from shared.quant.kernels.scratch import Scratch
 from shared.quant.packing import Packed
 
 
@@ -38,6 +40,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = packed.shape
         self.compute = compute
+        self.scratch = Scratch()  # its own, until resolve() gives all layers of a model the same
         self._names: tuple[str, ...] = ()
         self._keep(packed)
         self._spec = WeightSpec(torch.Size(packed.shape), dtype)
@@ -54,8 +57,17 @@ class PackedLinear(nn.Linear):
         tensors = {name: self.get_buffer(name) for name in self._names}
         return Packed(self.packing, (self.out_features, self.in_features), tensors)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.run(self.kernel(x.device), self, x)
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        return kernels.run(self.kernel(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+
+    def takes(self, device: torch.device) -> Kind | None:
+        """In which 8 bits forward() takes activations that are rounded already; None: in none.
+
+        Whatever hangs on this layer, such as a LoRA, reads the activations themselves.
+        """
+        if self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self):
+            return None
+        return self.kernel(device).takes(self)
 
     def kernel(self, device: torch.device) -> kernels.Kernel:
         """What computes this layer on `device`, chosen once."""
@@ -76,7 +88,9 @@ class PackedLinear(nn.Linear):
         if kernel is not None and kernel.arrange is not None:
             packed = kernel.arrange(packed)
         bias = None if self.bias is None else self.bias.detach().to(device)
-        return PackedLinear(packed, bias, self._spec.dtype, compute=self.compute)
+        twin = PackedLinear(packed, bias, self._spec.dtype, compute=self.compute)
+        twin.scratch = self.scratch
+        return twin
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in the layer's type."""

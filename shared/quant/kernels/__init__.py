@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from shared.quant.errors import RunError
 
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from shared.ops.rounding import Kind, Rounded
     from shared.quant.linear import PackedLinear
     from shared.quant.packing import Packed
 
 _MODULES = (
-    "nunchaku", "comfy_svdq", "comfy_nvfp4", "comfy_mxfp8", "comfy_int8", "torch_int8", "torch_fp8", "scale_after",
-    "svdq", "dequantize",
+    "nunchaku", "comfy_svdq", "comfy_nvfp4", "comfy_mxfp8", "comfy_int8", "triton_8bit", "torch_int8", "torch_fp8",
+    "triton_4bit", "scale_after", "svdq", "dequantize",
 )  # fmt: skip
 ANY = "*"
 
@@ -50,6 +51,10 @@ def _nothing(_layer: PackedLinear, _device: torch.device) -> str | None:
     return None
 
 
+def _as_they_are(_layer: PackedLinear) -> Kind | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One way to compute y = x W^T + b.
@@ -58,6 +63,8 @@ class Kernel:
     the higher is asked first. refuse: why not for this layer on this device, None if it can. run: the product,
     (..., in) -> (..., out). known: the figure by which it is no slower than expanding there, None where there is none.
     arrange: the same numbers laid out as the kernel reads them, done once when the kernel is chosen; None: as they are.
+    takes: in which 8 bits `run` takes activations of this layer that are rounded already, None where it does not.
+    tried: rounds no activations and yet has to win a trial on the device, because it may not run or not pay there.
     """
 
     name: str
@@ -65,9 +72,11 @@ class Kernel:
     compute: str
     priority: int
     refuse: Callable[[PackedLinear, torch.device], str | None]
-    run: Callable[[PackedLinear, Tensor], Tensor]
+    run: Callable[[PackedLinear, Any], Tensor]
     known: Callable[[PackedLinear, torch.device], str | None] = _nothing
     arrange: Callable[[Packed], Packed] | None = None
+    takes: Callable[[PackedLinear], Kind | None] = _as_they_are
+    tried: bool = False
 
     @property
     def rounds_activations(self) -> bool:
@@ -130,8 +139,11 @@ def select(layer: PackedLinear, device: torch.device, trial: Trial | None = None
     raise AssertionError(f"no kernel takes {layer.packing.name}: dequantize refuses nothing")
 
 
-def run(kernel: Kernel, layer: PackedLinear, x: Tensor) -> Tensor:
-    """The product. Raises RunError when a kernel that rounds activations fails; torch's own errors pass as they are."""
+def run(kernel: Kernel, layer: PackedLinear, x: Tensor | Rounded) -> Tensor:
+    """The product. x is rounded only as kernel.takes says.
+
+    Raises RunError when a kernel that rounds activations fails; torch's own errors pass as they are.
+    """
     if not kernel.rounds_activations:
         return kernel.run(layer, x)
     try:
@@ -141,9 +153,14 @@ def run(kernel: Kernel, layer: PackedLinear, x: Tensor) -> Tensor:
             raise
         raise RunError(
             f"The kernel {kernel.name} failed on a {layer.packing.name} layer of {layer.out_features} x "
-            f"{layer.in_features} with {x.numel() // layer.in_features} tokens: {first_line(fault)}.",
+            f"{layer.in_features} with {_tokens(x, layer)} tokens: {first_line(fault)}.",
             "--compute bf16 draws without it.",
         ) from fault
+
+
+def _tokens(x: Tensor | Rounded, layer: PackedLinear) -> int:
+    numbers: Any = getattr(x, "codes", x)  # type: ignore[arg-type]  # mypy wants a Tensor for the default
+    return int(numbers.numel()) // layer.in_features
 
 
 def first_line(error: BaseException) -> str:
@@ -163,8 +180,12 @@ def _judge(kernel: Kernel, layer: PackedLinear, device: torch.device, trial: Tri
     if kernel.rounds_activations and asked not in ("auto", kernel.compute):
         return f"computes in {kernel.compute}, {asked} was asked for", ""
     refusal = kernel.refuse(layer, device)
-    if refusal is not None or not kernel.rounds_activations:
-        return refusal, "serves every device"
+    if refusal is not None:
+        return refusal, ""
+    if kernel.tried:
+        return ("not tried on this device", "") if trial is None else trial(kernel, layer, device)
+    if not kernel.rounds_activations:
+        return None, "serves every device"
     if asked == "auto":
         if layer.weight.dtype.itemsize > 2:
             return "would round activations that are kept in float32 here", ""

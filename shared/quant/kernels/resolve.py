@@ -40,13 +40,15 @@ def resolve(
     trial: as in select(); kernels/trial.py's try_out unless given. Layers stay on the device they are on. Raises
     UserError when there are packed layers and none of them can be computed as asked.
     """
+    from shared.quant.kernels.scratch import Scratch
     from shared.quant.kernels.trial import try_out
     from shared.quant.linear import PackedLinear
 
+    scratch = Scratch()
     found: dict[object, Selection] = {}
     groups: dict[tuple[str, Selection], int] = {}
     for layer in (layer for module in modules for layer in module.modules() if isinstance(layer, PackedLinear)):
-        layer.compute = compute
+        layer.compute, layer.scratch = compute, scratch
         key = _key(layer)
         if key not in found:
             found[key] = select(layer, device, trial or try_out)

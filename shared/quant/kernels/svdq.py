@@ -31,12 +31,17 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     assert isinstance(packed.packing, Svdq)
     weight = packed.packing.residual(packed.tensors, x.dtype)
     smooth, down, up = (packed.tensors[name].to(x.dtype) for name in ("smooth", "down", "up"))
-    rows, columns = packed.shape
-    tokens = x.numel() // columns
-    if tokens * (rows + columns) > rows * columns:
+    rows = len(weight)
+    if branch_joins_weight(x, packed.shape):
         return F.linear(x, weight.div_(smooth).addmm_(up, down), layer.bias)
     result = F.linear(x / smooth, weight, layer.bias)
     return torch.addmm(result.view(-1, rows), F.linear(x, down).view(-1, len(down)), up.t()).view(result.shape)
+
+
+def branch_joins_weight(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether it takes fewer multiplications to add up @ down to the weight (N, K) first, for these activations."""
+    rows, columns = shape
+    return x.numel() // columns * (rows + columns) > rows * columns
 
 
 def _refuse(layer: PackedLinear, _device: torch.device) -> str | None:

@@ -66,9 +66,8 @@ def test_each_layer_gets_its_kernel_and_the_report_says_why(make: MakeLayer) -> 
     assert (of_int8.packing, of_int8.kernel, of_int8.compute, of_int8.layers) == ("int8", "torch-int8", "int8", 2)
     assert "avx512_vnni" in str(of_int8)
     assert (of_nvfp4.kernel, of_nvfp4.compute, of_nvfp4.layers) == ("dequantize", "bf16", 1)
-    assert [(r.kernel, r.reason) for r in of_nvfp4.refusals] == [
-        ("comfy-nvfp4", "needs an NVIDIA GPU, the device is cpu")
-    ]
+    assert [r.kernel for r in of_nvfp4.refusals] == ["comfy-nvfp4", "triton-int8", "triton-fp8", "triton-expand"]
+    assert {r.reason for r in of_nvfp4.refusals} == {"needs an NVIDIA GPU, the device is cpu"}
     assert "cpu: torch-int8" in repr(model[0])
 
 
@@ -242,3 +241,39 @@ def test_a_lora_adds_the_same_on_every_kernel(
     assert (added - expected).norm() / expected.norm() < 0.01  # bfloat16 sums
     lora.apply(model, [], [])
     assert torch.equal(layer(x), without)
+
+
+def test_a_kernel_that_must_prove_itself_is_taken_after_a_trial_only(make: MakeLayer) -> None:
+    kernels.register(Kernel("new", "nvfp4", "bf16", 99, lambda _l, _d: None, expand, tried=True))
+    layer = make(pack_nvfp4(), compute="bf16")
+
+    untried, won = kernels.select(layer, CPU), kernels.select(layer, CPU, lambda _k, _l, _d: (None, "it won"))
+    lost = kernels.select(layer, CPU, lambda _k, _l, _d: ("slower", ""))
+
+    assert (untried.kernel.name, won.kernel.name, lost.kernel.name) == ("dequantize", "new", "dequantize")
+    assert won.reason == "it won"
+    assert "not tried on this device" in [r.reason for r in untried.refusals if r.kernel == "new"]
+
+
+@pytest.mark.parametrize("compute", ["auto", "bf16", "int8"])
+def test_a_kernel_that_must_prove_itself_must_be_faster_whatever_was_asked(make: MakeLayer, compute: str) -> None:
+    def slowly(layer: PackedLinear, x: Tensor) -> Tensor:
+        for _ in range(20):
+            result = expand(layer, x)
+        return result
+
+    refusal, _ = try_out(
+        Kernel("new", "nvfp4", "bf16", 99, lambda _l, _d: None, slowly, tried=True),
+        make(pack_nvfp4(), compute=compute),
+        CPU,
+    )
+
+    assert refusal is not None and refusal.startswith("slower: ") and "--compute" not in refusal
+
+
+def test_all_layers_of_a_model_expand_into_the_same_memory(make: MakeLayer) -> None:
+    layers = [make(pack_nvfp4()), make(pack_int8())]
+
+    resolve(layers, CPU)
+
+    assert layers[0].scratch is layers[1].scratch
