@@ -38,6 +38,7 @@ class TransformerConfig:
     t_scale: float = TIME_SCALE
     norm_eps: float = NORM_EPS
     has_second_time: bool = False  # TwinFlow: an embedding of the time that a step is for
+    siglip_feat_dim: int = 0  # Omni and Edit: width of SigLIP's features; 0 in all others
 
     def __post_init__(self) -> None:
         sizes = ("dim", "n_layers", "n_heads", "in_channels", "cap_feat_dim", "ffn_dim", "time_dim", "time_hidden_dim")
@@ -90,6 +91,7 @@ class TransformerConfig:
             "t_scale": self.t_scale,
             "axes_dims": list(self.axes_dims),
             "axes_lens": list(self.axes_lens),
+            **({"siglip_feat_dim": self.siglip_feat_dim} if self.siglip_feat_dim else {}),
         }
 
 
@@ -128,7 +130,17 @@ def config_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> TransformerConf
         time_hidden_dim=shapes["t_embedder.mlp.0.weight"][0],
         axes_dims=axes_dims,
         has_second_time="t_embedder_2.mlp.0.weight" in shapes,
+        siglip_feat_dim=_siglip_width(shapes),
     )
+
+
+def _siglip_width(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """0 where no tensor is of the parts for reference pictures."""
+    if not any(name.startswith("siglip_") for name in shapes):
+        return 0
+    if len(shapes["siglip_embedder.1.weight"]) != 2:
+        raise ValueError("siglip_embedder.1.weight as a matrix")
+    return shapes["siglip_embedder.1.weight"][1]
 
 
 def _count(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:

@@ -23,8 +23,9 @@ _EMBEDDING_MARKS = ("embed_tokens.weight", "embed_tokens.weight._data", "token_e
 _QWEN3_MARKS = ("layers.0.self_attn.q_norm.weight", "blk.0.attn_q_norm.weight")
 _QWEN3_LAYER = re.compile(r"(?:layers|blk)\.(\d+)\.")
 
+_OMNI = " Omni / Edit"
 _RELATED = {
-    "siglip_embedder.1.weight": "Z-Image Omni / Edit",
+    "siglip_embedder.1.weight": f"Z-Image{_OMNI}",
 }
 
 
@@ -57,10 +58,12 @@ def _transformer(checkpoint: Checkpoint) -> dict[str, Any] | None:
         except CheckpointError as error:
             problems.append(error.message)
     relative = relative_of(n[len(prefix) :] for n in tensors if n.startswith(prefix))
+    is_omni = sizes.get("siglip_feat_dim", 0) > 0
     published = sizes.get("dim") == 3840 and sizes.get("n_layers") == 30
     return {
         "kind": "checkpoint" if parts and prefix else "transformer",
-        "summary": "Z-Image transformer" + (" (6B)" if published else "") + (f", {relative}" if relative else ""),
+        "summary": f"Z-Image{_OMNI if is_omni else ''} transformer{' (6B)' if published else ''}"
+        + (f", {relative}" if relative and not is_omni else ""),
         "naming": "diffusers" if any(n.endswith("layers.0.attention.norm_q.weight") for n in tensors) else "official",
         "prefix": prefix,
         "contains": ["transformer", *parts],

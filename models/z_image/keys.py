@@ -53,7 +53,7 @@ _ATTENTION_AND_FFN = {
     "feed_forward.net.0.proj": ("feed_forward.w13", (1, 0), 2),
     "feed_forward.net.2": ("feed_forward.w2", (0,), 1),
 }
-_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
+_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner|siglip_refiner)\.\d+)\.(.+)")
 _TOP = (("all_x_embedder.2-1", "x_embedder"), ("all_final_layer.2-1", "final_layer"))
 
 # Before the second time embedding in some TwinFlow files (mengqin/ComfyUI-TwinFlow nodes.py).

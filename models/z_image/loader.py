@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,10 +74,6 @@ def load_transformer(
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
     is not known.
     """
-    import torch
-
-    from models.z_image.transformer import ZImageTransformer
-
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if len(files) > 2:
         raise UnknownFormatError(
@@ -88,15 +84,14 @@ def load_transformer(
     whole = plan_layers(checkpoint)
     plan = {module: parts for module, parts in whole.items() if not module.startswith(CONTROL_PREFIX)}
     config = read_config(checkpoint, plan)
-    with torch.device("meta"):
-        model = ZImageTransformer(config)
+    model = _without_weights(config)
     fill(
         model,
         plan,
         dtype,
         source=str(checkpoint.path),
         name_missing=_file_names,
-        hint=_hint,
+        hint=_hint_for(config),
         compute=compute,
         join=not keep_mapped or checkpoint.nbytes < MAPPED_FROM,
     )
@@ -114,13 +109,19 @@ def check_transformer(
 
     Returns our module (or bare parameter) -> suffix -> shape.
     """
+    model = _without_weights(config)
+    return check(model, plan, source=str(checkpoint.path), name_missing=_file_names, hint=_hint_for(config))
+
+
+def _without_weights(config: TransformerConfig) -> ZImageTransformer:
+    """The network of these sizes on the meta device."""
     import torch
 
+    from models.z_image.omni import OmniTransformer
     from models.z_image.transformer import ZImageTransformer
 
     with torch.device("meta"):
-        model = ZImageTransformer(config)
-    return check(model, plan, source=str(checkpoint.path), name_missing=_file_names, hint=_hint)
+        return OmniTransformer(config) if config.siglip_feat_dim else ZImageTransformer(config)
 
 
 def _unpacked(text: str | None) -> str | None:
@@ -137,6 +138,12 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for their, rows in zip(theirs, tensor.chunk(len(theirs)), strict=True):
             result[their + parameter] = rows.contiguous()
     return result
+
+
+def _hint_for(config: TransformerConfig) -> Callable[[Sequence[str]], str]:
+    if config.siglip_feat_dim:
+        return lambda _: "It is a Z-Image Omni or Edit checkpoint, and not a whole one; get it from elsewhere."
+    return _hint
 
 
 def _hint(unexpected: Sequence[str]) -> str:

@@ -316,6 +316,10 @@ class RotaryAxes(nn.Module):
         self._last: tuple[object, tuple[Tensor, Tensor, Tensor | None]] | None = None
         self._last_negative: tuple[object, tuple[Tensor, Tensor | None]] | None = None
 
+    def at(self, positions: Tensor, device: torch.device) -> Tensor:
+        """Rotations of tokens at any positions, (B, tokens, 3) whole numbers on the CPU."""
+        return self._rotation(positions, device)
+
     def for_caption(self, length: int, device: torch.device) -> Tensor:
         """Positions (1 + i, 0, 0) of the longest caption; shorter ones use its beginning."""
         return self._rotation(_caption_positions(length), device)
