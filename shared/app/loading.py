@@ -110,6 +110,11 @@ class ModelHolder:
         model.place()
         return model
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether a model is in memory."""
+        return self._model is not None
+
     def interrupt(self) -> None:
         """Make a running `generate` stop within one step; from any thread."""
         if (model := self._model) is not None:

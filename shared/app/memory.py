@@ -94,7 +94,7 @@ class MemoryEstimate:
     text_mb: float
     denoise_mb: float
     decode_mb: float
-    tile: int  # latent cells that decode_mb is for; 0 in one piece
+    tile: int | None  # latent cells that were asked for, 0 in one piece; None leaves it to the plan
     decode_tiled_mb: Mapping[int, float]
     tokens: int
 
@@ -133,7 +133,8 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Weights and working sets from the headers of the files that will be loaded.
 
-    transformer: the main file and its module files. width, height: pixels. tile_cells: latent cells, 0 is untiled.
+    transformer: the main file and its module files. width, height: pixels. tile_cells: latent cells, 0 is untiled, and
+    so is None, which leaves it to the plan.
     compute_bytes, vae_bytes: bytes per number of the two dtypes. guided: two passes in one batch.
     Raises CheckpointError when a header cannot be read.
     """
@@ -163,7 +164,7 @@ def estimate_memory(
         text_mb=(_PROMPT_TOKENS * read.per_token * compute_bytes + read.scratch) / MIB,
         denoise_mb=(tokens * (2 if guided else 1) * drawn.per_token * compute_bytes + drawn.scratch) / MIB,
         decode_mb=decode(tile_cells or 0),
-        tile=tile_cells or 0,
+        tile=tile_cells,
         decode_tiled_mb={tile: decode(tile) for tile in TILES},
         tokens=tokens * (2 if guided else 1),
     )

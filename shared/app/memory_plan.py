@@ -326,16 +326,17 @@ def _engine(
 
 
 def _tile(estimate: MemoryEstimate, most_mb: float, relief: Relief) -> tuple[int, float, list[str]]:
-    """(tile, MiB of the decode, why in words): one piece, or what was asked for, or the largest tile within most_mb."""
-    asked = [size for size in (estimate.tile, relief.tile) if size]
-    if not asked and estimate.decode_mb <= most_mb:
-        return 0, estimate.decode_mb, []
-    if estimate.tile and relief.tile is None:
-        return estimate.tile, estimate.decode_mb, []
+    """(tile, MiB of the decode, why in words): as asked for, or in one piece, or the largest tile within most_mb.
+
+    What was asked for stands until memory ran out with it.
+    """
+    asked = estimate.tile or 0
+    if relief.tile is None and (estimate.tile is not None or estimate.decode_mb <= most_mb):
+        return asked, estimate.decode_mb, []
     tiles = [tile for tile in TILES if tile <= (relief.tile or TILES[0])]
     tile = next((t for t in tiles if estimate.decode_tiled_mb[t] <= most_mb), tiles[-1])
-    if estimate.decode_tiled_mb[tile] >= estimate.decode_mb:
-        return estimate.tile, estimate.decode_mb, []  # the picture is no larger than the tile
+    if relief.tile is None and estimate.decode_tiled_mb[tile] >= estimate.decode_mb:
+        return asked, estimate.decode_mb, []  # the picture is no larger than the tile
     gain = f"{estimate.decode_tiled_mb[tile]:,.0f} MiB instead of {estimate.decode_mb:,.0f}"
     return tile, estimate.decode_tiled_mb[tile], [f"The picture is decoded in tiles of {tile} latent cells: {gain}."]
 

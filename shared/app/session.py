@@ -22,6 +22,7 @@ from shared.app.editing import Edit, Pass, open_edit
 from shared.app.loading import LoadedModel, ModelHolder
 from shared.app.loras import match_words
 from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
+from shared.app.memory_plan import Relief, next_relief
 from shared.app.metadata import build_record, save_image
 from shared.app.output import OutputPlace, resolve_output
 from shared.app.plan import (
@@ -37,9 +38,10 @@ from shared.app.plan import (
 )
 from shared.app.presets import Preset
 from shared.app.prompts import WILDCARD_FOLDER, pictures
+from shared.app.retry import DOING, free_memory, given_up
 from shared.app.settings import MAX_SEED
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.errors import NumbersError, RunError, UserError
+from shared.quant.errors import NumbersError, RunError, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -102,7 +104,8 @@ class GenerationResult:
     loading a text encoder that was not needed at once counts as text.
     peak_rss_mb, peak_vram_mb: MiB; None where the system does not tell, and without an NVIDIA GPU.
     kernels: what multiplied the packed layers, a line each. files: path and SHA-256 of every weights file used.
-    loras: for each file "matched" of its "total" keys, and the "unmatched". cancelled: fewer pictures than asked for.
+    loras: for each file "matched" of its "total" keys, and the "unmatched". notes: what was done otherwise than planned
+    because memory ran out, in words. cancelled: fewer pictures than asked for.
     """
 
     images: list[ImageDone]
@@ -114,6 +117,7 @@ class GenerationResult:
     kernels: list[str]
     files: list[dict[str, str]]
     loras: list[dict[str, Any]]
+    notes: list[str]
     cancelled: bool = False
 
     def as_dict(self) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class GenerationResult:
             "kernels": self.kernels,
             "files": self.files,
             "loras": self.loras,
+            "notes": self.notes,
             "cancelled": self.cancelled,
         }
 
@@ -138,13 +143,15 @@ class ModelSession:
     def __init__(self, ctx: AppContext) -> None:
         self._ctx = ctx
         self._model = ModelHolder(ctx)
+        self._reliefs: dict[tuple[Any, ...], Relief] = {}  # what memory that ran out has taught, see _Run
         self._one_at_a_time = threading.Lock()
         self._stops: list[threading.Event] = []  # of the calls that have not returned, the running one first
 
     def plan(self, preset: Preset | str, settings: GenerationSettings) -> GenerationPlan:
         """What `generate` would use and fetch. Loads nothing; needs no torch on Linux without a GPU."""
         preset = self._preset(preset)
-        return make_plan(self._ctx, preset, settings, find_machine_quickly(preset, requested_device(self._ctx)))
+        machine = find_machine_quickly(preset, requested_device(self._ctx))
+        return make_plan(self._ctx, preset, settings, machine, self._reliefs.get(_memory_key(preset, settings)))
 
     def generate(
         self,
@@ -172,6 +179,7 @@ class ModelSession:
             model=self._model,
             preset=self._preset(preset),
             settings=settings,
+            reliefs=self._reliefs,
             announce=on_event or (lambda _: None),
             should_stop=stopped,
         )
@@ -234,6 +242,11 @@ class ModelSession:
         return self._ctx.presets.get(preset) if isinstance(preset, str) else preset
 
 
+def _memory_key(preset: Preset, settings: GenerationSettings) -> tuple[Any, ...]:
+    """What decides how much memory a generation takes, and so whether a lesson of another one holds for it."""
+    return (preset.id, settings.width, settings.height, settings.guidance_scale > 0, settings.edit.hires_scale)
+
+
 class _Stopped(Exception):
     """The generation was asked to stop."""
 
@@ -248,10 +261,16 @@ class _Run:
         model: ModelHolder,
         preset: Preset,
         settings: GenerationSettings,
+        reliefs: dict[tuple[Any, ...], Relief],
         announce: OnEvent,
         should_stop: ShouldStop,
     ) -> None:
         self._ctx = ctx
+        self._reliefs = reliefs
+        self._stage = "load"  # where memory may run out: a key of retry.DOING
+        self._tried: list[str] = []
+        self._notes: list[str] = []
+        self._tile: int | None = None  # latent cells; None leaves the settings' own
         self._model = model
         self._preset = preset
         self._settings = settings
@@ -291,6 +310,7 @@ class _Run:
             kernels=self._kernels,
             files=self._files,
             loras=self._loras,
+            notes=self._notes,
             cancelled=cancelled,
         )
 
@@ -298,8 +318,9 @@ class _Run:
         began = time.perf_counter()
         device = requested_device(self._ctx)
         # Mistakes show in the plan: a first one is made without waiting for torch, where that is possible.
+        relief = self._reliefs.get(_memory_key(self._preset, self._settings))
         make_plan(self._ctx, self._preset, self._settings, find_machine_quickly(self._preset, device))
-        plan = make_plan(self._ctx, self._preset, self._settings, find_machine(self._preset, device))
+        plan = make_plan(self._ctx, self._preset, self._settings, find_machine(self._preset, device), relief)
         edit = open_edit(self._settings, plan.preset.model_def, self._ctx.output_folder)
         for note in edit.notes:
             self._announce(Status(f"Note: {note}."))
@@ -307,19 +328,47 @@ class _Run:
         if plan.missing:
             self._fetch(plan.missing)
             # Planned again: now the sizes are known, and with them the memory profile.
-            plan = make_plan(self._ctx, self._preset, self._settings, plan.machine)
+            plan = make_plan(self._ctx, self._preset, self._settings, plan.machine, relief)
         edit = edit.with_preprocessor(fetch(self._ctx.files, self._settings.edit))
         self._stop_if_asked()
         hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
         self._seconds["load"] = planned - began
-        try:
-            self._draw_planned(plan, edit, place, hashes)
-        except NumbersError as error:
-            self._draw_planned(self._plan_in_safer_type(plan, error), edit, place, hashes)
+        while len(self._images) < len(self._alone):
+            try:
+                self._draw_planned(plan, edit, place, hashes)
+            except NumbersError as error:
+                plan = self._plan_in_safer_type(plan, error)
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                plan = self._easier_plan(plan, error)
+
+    def _easier_plan(self, plan: GenerationPlan, error: BaseException) -> GenerationPlan:
+        """The next plan after memory ran out under this one; memory is freed. Raises RunError when none is left.
+
+        Later generations of this size begin with it.
+        """
+        stage = "text" if self._stage == "load" and self._model.is_loaded else self._stage
+        key = _memory_key(self._preset, self._settings)
+        relief = self._reliefs.get(key) or Relief()
+        found = plan.placement and next_relief(relief, stage, plan.placement, plan.machine.device)
+        if not found or found[0].engine != relief.engine or found[0].share != relief.share:
+            self._model.release()
+        free_memory(error)
+        if not found:
+            size = f"{self._settings.width}x{self._settings.height}"
+            raise given_up(stage, size, self._preset.id, self._tried, error) from error
+        self._reliefs[key], words = found
+        self._tried.append(words)
+        self._notes.append(f"Memory ran out while {DOING[stage]}; {words}.")
+        self._announce(Status(self._notes[-1]))
+        return make_plan(self._ctx, self._preset, self._settings, plan.machine, self._reliefs[key])
 
     def _draw_planned(self, plan: GenerationPlan, edit: Edit, place: OutputPlace, hashes: _Hashes) -> None:
         """Load the model of the plan and draw every picture that is not drawn yet."""
         began = time.perf_counter()
+        self._stage = "load"
+        self._tile = None if plan.placement is None else plan.placement.tile
         orders = [settings.host_kwargs() for settings in self._alone]
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)), orders)
         self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
@@ -348,7 +397,8 @@ class _Run:
             return plan
         why = {name: f"{words}: with others, numbers were bad on this device" for name, words in new.items()}
         self._remember(plan, why)
-        plan = make_plan(self._ctx, self._preset, self._settings, plan.machine)
+        relief = self._reliefs.get(_memory_key(self._preset, self._settings))
+        plan = make_plan(self._ctx, self._preset, self._settings, plan.machine, relief)
         self._model.stands_for(plan)
         return plan
 
@@ -408,9 +458,8 @@ class _Run:
         passes: int,
     ) -> Image.Image:
         """One drawing of picture `index`, after `drawn` of `passes`."""
-        import torch
-
         model.processor._interrupt = False
+        self._stage = "text"
         seed = (settings.seed + asked.seed) % (MAX_SEED + 1)
         steps = settings.num_inference_steps
 
@@ -419,27 +468,24 @@ class _Run:
             if self._should_stop():
                 model.processor._interrupt = True
             if step < 0 or latents is None:  # the announcement before the first step
+                self._stage = "denoise"
                 steps = total or steps
                 clock.steps = steps * passes
                 return
             done = drawn * steps + step + 1
             if latents.device.type == "cpu":  # where looking is free; a family looks after its numbers itself
                 _require_finite(latents, f"the latents after step {step + 1} of {steps}", self._preset, seed)
+            if step + 1 == steps:
+                self._stage = "decode"
             left = clock.step_done(done)
             self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left))
 
-        try:
-            result = model.processor.generate(
-                **{**settings.host_kwargs(), **asked.host_kwargs(), "seed": seed},
-                callback=on_step,
-                set_progress_status=lambda text: self._announce(Status(str(text))),
-            )
-        except torch.OutOfMemoryError as error:
-            size = f"{asked.width}x{asked.height}"
-            raise RunError(
-                f"The GPU ran out of memory while drawing {self._preset.id} at {size}: {error}",
-                "Take a smaller size, decode in tiles (--set VAE_tile_size=64), or a higher --profile.",
-            ) from error
+        planned = {} if self._tile is None else {"VAE_tile_size": self._tile}
+        result = model.processor.generate(
+            **{**settings.host_kwargs(), **planned, **asked.host_kwargs(), "seed": seed},
+            callback=on_step,
+            set_progress_status=lambda text: self._announce(Status(str(text))),
+        )
         if result is None:
             raise _Stopped
         _require_finite(result, "the decoded picture", self._preset, seed)
@@ -474,6 +520,7 @@ class _Run:
                 "attention": plan.attention.value,
                 **({"kernels": self._kernels} if self._kernels else {}),
                 **({"safer": self._safer} if self._safer else {}),
+                **({"notes": self._notes} if self._notes else {}),
                 # names only: a picture that is passed on should not tell where its maker keeps files
                 "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
                 **({"loras": loras} if loras else {}),

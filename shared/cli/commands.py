@@ -206,7 +206,7 @@ def inspection_text(description: Mapping[str, Any]) -> str:
 
 
 def result_text(result: GenerationResult) -> str:
-    """Seconds and memory for people, in one line, and one for each LoRA that did not match in full."""
+    """Seconds and memory for people, in one line, and one for each note and each LoRA that did not match in full."""
     from shared.app.loras import match_words
     from shared.cli.progress import duration
 
@@ -214,7 +214,7 @@ def result_text(result: GenerationResult) -> str:
     vram = f", {result.peak_vram_mb:,.0f} MiB on the GPU" if result.peak_vram_mb else ""
     rss = f"; peak {result.peak_rss_mb:,.0f} MiB of RAM{vram}" if result.peak_rss_mb else ""
     partly = [match_words(match) for match in result.loras if match["unmatched"]]
-    return "\n".join([f"{stages}{rss}", *partly])
+    return "\n".join([*result.notes, f"{stages}{rss}", *partly])
 
 
 def _print_pictures(

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+
+# What allocators and libraries say in a plain RuntimeError: CUDA and MPS, torch's CPU allocator, cuBLAS and cuDNN.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
 
 class UserError(Exception):
     """Something the user can put right: a wrong size, an unknown preset, a file that cannot be used (exit code 2)."""
@@ -33,3 +39,15 @@ class LayerMismatchError(CheckpointError):
 
 class UnknownFormatError(CheckpointError):
     """A weights file whose number format is not readable by this version."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether RAM or a device's memory has run out, in any of the forms in which Python and torch say so."""
+    if isinstance(error, UserError):
+        return False
+    torch = sys.modules.get("torch")  # not imported: then the error is not torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)

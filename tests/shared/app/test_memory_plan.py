@@ -38,7 +38,7 @@ def model(transformer: float = 12.3, **changes: Any) -> MemoryEstimate:
         "text_mb": 50.0,
         "denoise_mb": 440.0,
         "decode_mb": 3072.0,
-        "tile": 0,
+        "tile": None,
         "decode_tiled_mb": {64: 768.0, 32: 192.0, 16: 48.0},
         "tokens": 4608,
     }
@@ -76,6 +76,8 @@ def test_a_decode_that_takes_a_quarter_of_the_card_is_done_in_tiles() -> None:
 
 def test_a_tile_that_was_asked_for_is_kept() -> None:
     assert plan(card(8), model(tile=128, decode_mb=2900.0)).tile == 128
+    assert plan(card(8), model(tile=0)).tile == 0
+    assert plan(card(8), model(tile=0), relief=Relief(tile=32)).tile == 32
 
 
 def test_free_memory_counts_not_the_cards() -> None:

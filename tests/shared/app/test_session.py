@@ -414,7 +414,7 @@ def test_running_out_of_gpu_memory_says_what_to_do(ctx: AppContext, handler: Fak
     with pytest.raises(RunError, match="64x48") as caught:
         ctx.session.generate("one", order(ctx))
 
-    assert "--profile" in caught.value.hint
+    assert "smaller picture" in caught.value.hint
 
 
 def test_a_truncated_weights_file_is_named_before_anything_is_loaded(ctx: AppContext, handler: FakeHandler) -> None:
