@@ -70,6 +70,10 @@ class Timetable:
         if self._embedded is None:
             self._embedded = embedding(self.t, self.target)
 
+    def knows(self, module: Timed) -> bool:
+        """Whether this module's factors of all times have been worked out."""
+        return module in self._factors
+
     def factors(self, module: Timed, row: int | None) -> Any:
         """What `module` makes of the time in `row`, None for all rows as one batch."""
         assert self._embedded is not None  # embed() comes first in a forward

@@ -1,0 +1,159 @@
+"""Forwards from recordings are the same bits as without, and nothing stale is ever replayed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.z_image.cuda_graph import GraphedForwards
+from models.z_image.guidance import NormalizedAttentionGuidance
+from models.z_image.modulation import Moment, Timetable
+from models.z_image.transformer import Captions, Nag, ZImageTransformer
+from tests.support.fake_graphs import FakeRecorder
+from tests.support.tiny_model import TINY, randomise
+
+TIMES = torch.tensor([0.1, 0.4, 0.7, 0.9])
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def network() -> ZImageTransformer:
+    model = randomise(ZImageTransformer(TINY), seed=1)
+    assert isinstance(model, ZImageTransformer)
+    return model
+
+
+@pytest.fixture
+def recorder() -> FakeRecorder:
+    return FakeRecorder()
+
+
+@pytest.fixture
+def graphed(network: ZImageTransformer, recorder: FakeRecorder) -> GraphedForwards:
+    return GraphedForwards(network, recorder)
+
+
+def latents_of(seed: int, size: int = 8, batch: int = 1) -> Tensor:
+    return torch.randn(batch, 16, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def captions_of(network: ZImageTransformer, *lengths: int, seed: int = 0) -> Captions:
+    generator = torch.Generator().manual_seed(seed)
+    return network.encode_captions([torch.randn(n, TINY.cap_feat_dim, generator=generator) for n in lengths])
+
+
+def test_every_forward_is_the_same_bits(network: ZImageTransformer, graphed: GraphedForwards) -> None:
+    for step, time in enumerate(TIMES):
+        captions = captions_of(network, 5, seed=step)  # the same shape, other words
+        latents = latents_of(step)
+
+        got = graphed(latents, time[None], captions)
+
+        assert torch.equal(got, network(latents, time[None], captions))
+    assert graphed.replayed == 3
+
+
+def test_a_runs_moments_are_the_same_bits(network: ZImageTransformer, graphed: GraphedForwards) -> None:
+    captions = captions_of(network, 5).repeat(2)
+    for run in range(2):
+        table = Timetable(TIMES + 0.01 * run)
+        expected = Timetable(TIMES + 0.01 * run)
+        for step in range(len(TIMES)):
+            latents = latents_of(step, batch=2)
+
+            got = graphed(latents, Moment(table, step), captions)
+
+            assert torch.equal(got, network(latents, Moment(expected, step), captions))
+    # The first forward of each run works the factors out.
+    assert graphed.replayed == 2 * 3 - 1
+
+
+def test_captions_of_different_length_are_replayed_with_their_mask(
+    network: ZImageTransformer, graphed: GraphedForwards
+) -> None:
+    pairs = [captions_of(network, *lengths) for lengths in ((5, 40), (40, 5))]
+
+    for step in range(6):
+        captions, latents = pairs[step % 2], latents_of(step, batch=2)
+        assert torch.equal(graphed(latents, TIMES[:2], captions), network(latents, TIMES[:2], captions))
+
+    assert graphed.replayed == 4
+
+
+def test_each_size_has_a_recording_and_few_are_kept(
+    network: ZImageTransformer, graphed: GraphedForwards, recorder: FakeRecorder
+) -> None:
+    captions = captions_of(network, 5)
+
+    for size in (4, 6, 8, 10, 12):
+        for step in range(3):
+            latents = latents_of(step, size)
+            assert torch.equal(graphed(latents, TIMES[:1], captions), network(latents, TIMES[:1], captions))
+
+    assert recorder.recordings == 5
+    assert recorder.dropped == 1  # before the fifth
+
+
+def test_a_changed_model_is_recorded_anew(network: ZImageTransformer, recorder: FakeRecorder) -> None:
+    version = [0]
+    graphed = GraphedForwards(network, recorder, lambda: version[0])
+    captions = captions_of(network, 5)
+    before = [graphed(latents_of(0), TIMES[:1], captions) for _ in range(3)][-1]
+
+    hook = network.layers[0].feed_forward.w2.register_forward_hook(lambda _module, _args, out: 2 * out)
+    version[0] += 1
+    after = [graphed(latents_of(0), TIMES[:1], captions) for _ in range(3)]
+    expected = network(latents_of(0), TIMES[:1], captions)
+    hook.remove()
+
+    assert recorder.recordings == 2
+    assert all(torch.equal(result, expected) for result in after)
+    assert not torch.equal(before, expected)
+
+
+def test_what_hangs_on_more_than_its_inputs_is_not_recorded(
+    network: ZImageTransformer, graphed: GraphedForwards, recorder: FakeRecorder
+) -> None:
+    captions = captions_of(network, 5)
+    nag = Nag(NormalizedAttentionGuidance(scale=2.0), captions_of(network, 7, seed=1))
+
+    for _ in range(3):
+        graphed(latents_of(0), TIMES[:1], captions, nag=nag)
+        graphed(latents_of(0), TIMES[:1], captions, target=TIMES[1:2])
+        graphed(latents_of(0), TIMES[:1], [torch.zeros(3, TINY.cap_feat_dim)])
+    with torch.enable_grad():
+        graphed(latents_of(0), TIMES[:1], captions)
+        graphed(latents_of(0), TIMES[:1], captions)
+
+    assert recorder.recordings == 0
+
+
+def test_a_recording_that_fails_is_told_once_and_done_without(
+    network: ZImageTransformer, graphed: GraphedForwards, recorder: FakeRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder.fault = torch.OutOfMemoryError("no memory left")
+    captions = captions_of(network, 5)
+
+    with caplog.at_level(logging.WARNING):
+        results = [graphed(latents_of(0), TIMES[:1], captions) for _ in range(4)]
+
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Forwards are not recorded, but launched kernel by kernel: no memory left"
+    ]
+
+
+def test_results_stay_when_the_next_forward_comes(network: ZImageTransformer, graphed: GraphedForwards) -> None:
+    captions = captions_of(network, 5)
+    results = [graphed(latents_of(step), TIMES[:1], captions) for step in range(4)]
+
+    assert all(torch.equal(r, network(latents_of(s), TIMES[:1], captions)) for s, r in enumerate(results))
