@@ -1,0 +1,119 @@
+"""Every Triton kernel compiles for every generation of card, with the launch options of its table, without a GPU.
+
+Shared memory is compared with what the generation has; registers that spill would show in a kernel's time only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shared.ops import tuning
+from tests.support.triton_process import needs_triton
+
+pytestmark = [needs_triton, pytest.mark.slow, pytest.mark.timeout(1800)]
+
+# Bytes of shared memory that one program may have: CUDA C++ programming guide, technical specifications.
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+BF16, F32, I32 = "*bf16", "*fp32", "i32"
+# The published network: rows of 3840, heads of 128, 10240 in the feed-forward.
+ROW = {"columns": I32, "tokens_per_item": I32, "eps": "fp32"}
+
+
+def element_wise() -> list[tuple[str, dict[str, str], dict[str, Any], int]]:
+    """(kernel, types of its pointers and numbers, its constants, width of a row)."""
+    rows = dict.fromkeys(("x_stride", "y_stride", "gate_stride", "scale_stride"), I32)
+    flags = {"HAS_SCALE": True, "EXACT": False, "WIDTH": 4096}
+    cases: list[tuple[str, dict[str, str], dict[str, Any], int]] = []
+    for rounding, out in ((0, BF16), (1, "*i8"), (2, "*fp8e4nv")):
+        types = {"x": BF16, "weight": BF16, "scale": BF16, "out": out, "codes_scale": F32, **ROW}
+        types |= {"x_stride": I32, "scale_stride": I32}
+        cases.append(("rms_norm_modulate", types, {**flags, "ROUND": rounding}, 4096))
+        types = {"x": BF16, "y": BF16, "gate": BF16, "weight": BF16, "next_weight": BF16, "next_scale": BF16}
+        types |= {"stream_out": BF16, "out": out, "codes_scale": F32, **ROW, **rows}
+        cases.append(("gate_residual_norm", types, {**flags, "HAS_GATE": True, "ROUND": rounding}, 4096))
+        if rounding:
+            types = {"w13": BF16, "codes": out, "codes_scale": F32, "columns": I32}
+            cases.append(("swiglu_rounded", types, {"ROUND": rounding, "WIDTH": 16384}, 16384))
+            types = {"x": BF16, "smooth": BF16, "codes": out, "codes_scale": F32, "columns": I32, "x_stride": I32}
+            cases.append(("round_rows", types, {"HAS_SMOOTH": True, "ROUND": rounding, "WIDTH": 4096}, 4096))
+    types = {"x": BF16, "y": BF16, "gate": BF16, "weight": BF16, "out": BF16, **ROW}
+    types |= dict.fromkeys(("x_stride", "y_stride", "gate_stride"), I32)
+    cases.append(("gate_residual", types, {"HAS_GATE": True, "EXACT": True, "WIDTH": 4096}, 4096))
+    types = {"qkv": BF16, "q_weight": BF16, "k_weight": BF16, "rope": F32, "tokens_per_item": I32, "heads": I32}
+    types |= {"eps": "fp32", "rope_item_stride": I32, "rope_token_stride": I32}
+    cases.append(("qk_norm_rope", types, {"EXACT": False, "HEADS": 32, "HEAD_WIDTH": 128}, 4096))
+    return cases
+
+
+def built(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, launch: dict[str, int]
+) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {**constants, **{name: value for name, value in launch.items() if name.isupper()}}
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = {name: value for name, value in launch.items() if not name.isupper()}
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except FileNotFoundError as missing:  # Triton brings ptxas along; a build without the one for this card
+        pytest.skip(f"no assembler for capability {capability}: {missing}")
+
+
+def check(compiled: Any, capability: int) -> None:
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_element_wise_kernels_compile(capability: int) -> None:
+    from shared.ops import triton_kernels
+
+    for name, types, constants, width in element_wise():
+        if constants.get("ROUND") == 2 and capability < 89:
+            continue  # cards without 8-bit floats are never asked for them
+        launch = tuning.launch("row", capability, width)
+        check(built(getattr(triton_kernels, name), types, constants, capability, launch), capability)
+    types = {"w13": BF16, "out": BF16, "columns": I32}
+    launch = tuning.launch("stretch", capability, 10240)
+    check(built(triton_kernels.swiglu, types, {}, capability, launch), capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_products_compile_with_every_tile_of_the_table(capability: int) -> None:
+    from shared.quant.kernels import triton_matmul
+
+    pointers = {"a_scale": F32, "scale": F32, "left": BF16, "right": BF16, "bias": BF16, "out": BF16}
+    numbers = dict.fromkeys(("tokens", "rows", "columns", "rank", "left_stride", "right_stride"), I32)
+    for kind, codes in (("int8", "*i8"), ("fp8", "*fp8e4nv")):
+        if kind == "fp8" and capability < 89:
+            continue
+        for _bound, launch in tuning.read()[str(capability)][f"{kind} matmul"]:
+            constants = {"WHOLE": kind == "int8", "HAS_BIAS": False, "HAS_BRANCH": True, "EVEN": True}
+            constants |= {"WIDEN": False, "BLOCK_R": 32}
+            types = {"a": codes, "codes": codes, **pointers, **numbers}
+            check(built(triton_matmul._scaled_matmul, types, constants, capability, launch), capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+def test_expanding_compiles(capability: int) -> None:
+    from shared.quant.kernels import triton_expand
+
+    numbers = {"codes": "*u8", "row_scale": F32, "smooth": BF16, "columns": I32, "rows": I32}
+    for coding, scales, group in ((0, BF16, 64), (1, "*u8", 16), (2, "*u8", 16)):
+        constants = {"CODING": coding, "HAS_SMOOTH": coding < 2, "GROUP": group}
+        launch = tuning.launch("expand", capability, 3840)
+        types = {**numbers, "scales": scales, "out": BF16}
+        check(built(triton_expand._expand, types, constants, capability, launch), capability)
+        for rounding, out in ((1, "*i8"), (2, "*fp8e4nv")):
+            if rounding == 2 and capability < 89:
+                continue
+            types = {**numbers, "scales": scales, "out": out, "out_scale": F32}
+            launch = tuning.launch("row", capability, 4096)
+            whole_row = {**constants, "ROUND": rounding, "WIDTH": 4096}
+            check(built(triton_expand._expand_rounded, types, whole_row, capability, launch), capability)
