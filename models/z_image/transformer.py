@@ -43,6 +43,12 @@ if TYPE_CHECKING:
     from models.z_image.guidance import NormalizedAttentionGuidance
 
 
+# Where bfloat16 is slow (NVIDIA before Ampere), the network computes in float16, whose largest number is 65504. The
+# feed-forward's inner products go beyond it; a norm follows, which takes any share of them for the whole.
+NARROW_SHARE = 2.0**-6
+_NARROW_LIMIT = torch.finfo(torch.float16).max
+
+
 class Captions(NamedTuple):
     """The captions of a batch after the context refiner: the same at every step, so computed once."""
 
@@ -227,12 +233,18 @@ class Block(nn.Module):
         for it alone, a moment has its own."""
         f: Factors = self.factors(None, exact=exact, apart=False)[0] if moment is None else moment.of(self)
         eps = self.eps
+        is_narrow = x_BSD.dtype == torch.float16
         h_BSD = ops.rms_norm_modulate(x_BSD, f.attention_norm1, f.attention_scale, eps, exact=f.exact)
         h_BSD = self.attention(h_BSD, rope, mask, f)
+        h_BSD = bounded(h_BSD) if is_narrow else h_BSD
         x_BSD = ops.gate_residual(x_BSD, h_BSD, f.attention_gate, f.attention_norm2, eps, exact=f.exact)
+        x_BSD = bounded(x_BSD) if is_narrow else x_BSD
         h_BSD = ops.rms_norm_modulate(x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact)
         h_BSD = self.feed_forward(h_BSD)
-        return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
+        if not is_narrow:
+            return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
+        eps *= NARROW_SHARE**2  # the norm of a share is that of the whole, if its eps is one as well
+        return bounded(ops.gate_residual(x_BSD, bounded(h_BSD), f.ffn_gate, f.ffn_norm2, eps, exact=f.exact))
 
     def factors(self, time_RT: Tensor | None, *, exact: bool, apart: bool) -> list[Factors]:
         """See modulation.Timed."""
@@ -258,7 +270,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), w1 and w3 stacked into one linear, w1's rows first."""
+    """SwiGLU: w2(silu(w1 x) * w3 x), w1 and w3 stacked into one linear, w1's rows first.
+
+    In float16 the result is NARROW_SHARE of that.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -266,7 +281,11 @@ class FeedForward(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.w2(ops.swiglu(self.w13(x_BSD)))
+        both_BSF = self.w13(x_BSD)
+        if both_BSF.dtype == torch.float16:
+            gate, value = both_BSF.chunk(2, dim=-1)
+            both_BSF = torch.cat([gate, value * NARROW_SHARE], dim=-1)
+        return self.w2(ops.swiglu(both_BSF))
 
 
 class FinalLayer(nn.Module):
@@ -392,6 +411,11 @@ def _image_positions(lengths: Sequence[int], rows: int, columns: int) -> Tensor:
     positions[:, : len(grid), 0] = torch.tensor(lengths, device="cpu")[:, None] + 1
     positions[:, : len(grid), 1:] = grid
     return positions
+
+
+def bounded(x: Tensor) -> Tensor:
+    """float16 with the largest number in the place of infinity, from which the next norm would make NaN."""
+    return x.clamp(-_NARROW_LIMIT, _NARROW_LIMIT)
 
 
 def patchify(latents: Tensor, patch: int) -> Tensor:
