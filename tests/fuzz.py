@@ -446,8 +446,8 @@ def _small_vae() -> tuple[Tensors, dict[str, str]]:
     from diffusers import AutoencoderKL
 
     vae: nn.Module = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=16, norm_num_groups=2, use_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(4,), layers_per_block=1, latent_channels=16, norm_num_groups=2, use_quant_conv=False,
         use_post_quant_conv=False,
     )  # fmt: skip
     return as_seed(vae.state_dict()), {}

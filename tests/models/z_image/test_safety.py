@@ -17,6 +17,7 @@ from models.z_image.noise import NoiseSource
 from models.z_image.pipeline import Step, ZImagePipeline
 from models.z_image.request import GenerateRequest
 from models.z_image.safety import FINE, FLAT, NOT_FINITE, Remedy
+from models.z_image.transformer import ZImageTransformer
 from models.z_image.z_image_main import model_factory
 from shared import samplers
 from shared.quant import kernels
@@ -24,6 +25,7 @@ from shared.quant.errors import NumbersError
 from shared.quant.linear import PackedLinear
 from shared.quant.packings import int8
 from shared.samplers import schedules
+from tests.support.tiny_model import TINY, randomise, relative_error
 
 REQUEST = GenerateRequest(prompt="a red fox", width=32, height=48, seeds=(3, 4), steps=4)
 
@@ -340,3 +342,41 @@ def test_latents_are_cast_to_the_vaes_type(model_folder: Path, dtype: torch.dtyp
     pipeline = model_factory(model_filename=path, dtype=torch.float32, VAE_dtype=dtype).pipeline
 
     assert bool(pipeline.decode(torch.randn(1, 16, 4, 4)).isfinite().all())
+
+
+# ------------------------------------------------------------------------------------------------- float16
+
+
+def forward_in(dtype: torch.dtype, change: Callable[[ZImageTransformer], None]) -> Tensor:
+    """A tiny network's answer in a type, after a change of its weights."""
+    model = randomise(ZImageTransformer(TINY), 1)
+    change(model)
+    latents = torch.randn(1, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    caption = torch.randn(5, TINY.cap_feat_dim, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.to(dtype)(latents, torch.tensor([0.3]), [caption])
+
+
+def test_a_feed_forward_beyond_float16_is_computed_right_in_it() -> None:
+    def strong(model: ZImageTransformer) -> None:
+        for layer in model.layers:
+            layer.feed_forward.w13.weight.data *= 400  # products of some 10^5 where 65504 is the end
+
+    expected = forward_in(torch.float32, strong)
+
+    assert relative_error(forward_in(torch.float16, strong), expected) < 0.01
+
+
+def test_a_stream_beyond_float16_stays_finite() -> None:
+    def strong(model: ZImageTransformer) -> None:
+        for layer in model.layers:
+            layer.attention_norm2.weight.data.fill_(6e4)
+            layer.ffn_norm2.weight.data.fill_(6e4)
+
+    assert bool(forward_in(torch.float16, strong).isfinite().all())
+
+
+def test_float16_agrees_with_float32_on_ordinary_weights() -> None:
+    expected = forward_in(torch.float32, lambda model: None)
+
+    assert relative_error(forward_in(torch.float16, lambda model: None), expected) < 0.005
