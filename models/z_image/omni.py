@@ -109,12 +109,15 @@ class OmniTransformer(ZImageTransformer):
     ) -> Tensor:
         """Predict x0 - noise: (B, 16, h, w) float32.
 
-        captions: from encode_references(), for all pictures of the batch alike; t is then (B,) float32, the same time
-        for all. With anything else the network works as the plain one does, see there.
+        captions: from encode_references(), for all pictures of the batch alike; t is then the same time for all, or a
+        moment. With anything else the network works as the plain one does, see there.
         """
         if not isinstance(captions, Sequences):
             return super().forward(latents, t, captions, control, target=target, nag=nag, exact=exact)
-        if isinstance(t, Moment) or control is not None or target is not None or nag is not None:
+        if isinstance(t, Moment):
+            exact, target = t.table.exact, t.table.target
+            t = t.table.t if t.row is None else t.table.t[t.row : t.row + 1]
+        if control is not None or target is not None or nag is not None:
             raise ValueError("reference pictures go with plain times only, not with control, TwinFlow or NAG")
         given, device = captions, latents.device
         batch, _, height, width = latents.shape

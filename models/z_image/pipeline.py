@@ -204,14 +204,16 @@ class ZImagePipeline:
             early_end=request.diversity.end,
         )
 
+    def _encode_text(self, prompt: str, request: GenerateRequest) -> Tensor:
+        """(tokens, width) of one prompt, on the device, whatever its numbers."""
+        return self.text_encoder.encode([prompt], self.device, long_prompt=request.long_prompt, tell=self._note)[0]
+
     def _features(self, prompt: str, request: GenerateRequest) -> Tensor:
         """(tokens, width) of one prompt, on the device."""
 
         def encode() -> Tensor:
             with self.safeguard.computing():
-                return self.text_encoder.encode(
-                    [prompt], self.device, long_prompt=request.long_prompt, tell=self._note
-                )[0]
+                return self._encode_text(prompt, request)
 
         return safety.attempt(
             lambda: encode()[None], f"the text encoder's features of {prompt!r:.60}", helped=self._helped,

@@ -17,6 +17,7 @@ from models.z_image.transformer import Captions, Nag, ZImageTransformer
 if TYPE_CHECKING:
     from models.z_image.conditions import Constrain, Signals
     from models.z_image.control import ControlSignal
+    from models.z_image.omni import Sequences as OmniSequences
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ class Prompts:
     early: stand in for `positive` while less than the share `early_end` of the steps is done.
     """
 
-    positive: Captions
-    negative: Captions | None = None
+    positive: Captions | OmniSequences
+    negative: Captions | OmniSequences | None = None
     early: Captions | None = None
     early_end: float = 0.0
 
-    def positive_at(self, progress: float) -> Captions:
+    def positive_at(self, progress: float) -> Captions | OmniSequences:
         return self.positive if self.early is None or progress >= self.early_end else self.early
 
 
@@ -64,7 +65,7 @@ class Predictor:
         """Answer for these from now on."""
         self._prompts = prompts
         negative = prompts.negative if self._attention_guidance.active else None
-        self._nag = None if negative is None else Nag(self._attention_guidance, negative)
+        self._nag = Nag(self._attention_guidance, negative) if isinstance(negative, Captions) else None
 
     def __call__(self, latents: Tensor, sigma: float, target: float | None = None) -> Tensor:
         """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`. target: the sigma a step is for."""
@@ -81,7 +82,7 @@ class Predictor:
         self.forwards += 2
         if self._both_fit is None:
             self._both_fit = _room_for_twice(self._transformer, latents)
-        if self._both_fit:
+        if self._both_fit and isinstance(positive, Captions) and isinstance(negative, Captions):
             try:
                 both = positive.followed_by(negative)
                 answers = self._ask(latents.repeat(2, 1, 1, 1), sigma, target, both, signal)
@@ -94,7 +95,12 @@ class Predictor:
         )
 
     def _ask(
-        self, latents: Tensor, sigma: float, target: float | None, captions: Captions, signal: ControlSignal | None
+        self,
+        latents: Tensor,
+        sigma: float,
+        target: float | None,
+        captions: Captions | OmniSequences,
+        signal: ControlSignal | None,
     ) -> Tensor:
         """The network's x0 - noise."""
         return self._transformer(

@@ -17,6 +17,8 @@ from shared.quant.errors import UserError
 from shared.samplers import schedules
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from models.z_image.text_encoder import LongPrompt
 
 # Pictures are 8x the latents, patches 2x2 latents.
@@ -46,6 +48,7 @@ class GenerateRequest:
     diversity: Diversity = field(default_factory=Diversity)
     start: Start | None = None  # a picture to start from; None starts from noise alone
     control: Control | None = None  # a control picture; None draws without
+    references: tuple[Image.Image, ...] = ()  # pictures to go by, for Omni and Edit
     tile: int = 0  # side of a decoding tile in latent cells, 0 in one piece
 
     def __post_init__(self) -> None:
@@ -87,15 +90,19 @@ class GenerateRequest:
 
 
 def from_host_kwargs(
-    model_def: Mapping[str, Any], kwargs: Mapping[str, Any], branch: ControlConfig | None = None
+    model_def: Mapping[str, Any],
+    kwargs: Mapping[str, Any],
+    branch: ControlConfig | None = None,
+    *,
+    takes_references: bool = False,
 ) -> GenerateRequest:
     """Translate generate()'s keywords (wan2gp-contract C1d) into a request.
 
-    branch: of the model's control branch, if it has one. Keywords not named here are ignored on purpose: a real host
-    passes some 110 for all its families. Those that ask for something this version cannot do raise UserError, so that
-    no picture silently lacks it.
+    branch: of the model's control branch, if it has one. takes_references: whether it is an Omni or Edit model.
+    Keywords not named here are ignored on purpose: a real host passes some 110 for all its families. Those that ask for
+    something this version cannot do raise UserError, so that no picture silently lacks it.
     """
-    _refuse_unsupported(model_def, kwargs)
+    _refuse_unsupported(kwargs, takes_references)
     seed = kwargs.get("seed")
     seed = int(seed) if seed is not None and int(seed) >= 0 else _random_seed()
     seeds = tuple(seed + i for i in range(int(kwargs.get("batch_size") or 1)))
@@ -114,6 +121,7 @@ def from_host_kwargs(
         height=height,
         start=start,
         control=control,
+        references=tuple(kwargs.get("input_ref_images") or ()),
         steps=int(kwargs.get("sampling_steps", 8)),
         seeds=seeds,
         variation=_variation(kwargs, seeds),
@@ -163,9 +171,12 @@ def _variation(kwargs: Mapping[str, Any], seeds: tuple[int, ...]) -> Variation |
     return Variation(strength, tuple(first + i for i in range(len(seeds))))
 
 
-def _refuse_unsupported(model_def: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+def _refuse_unsupported(kwargs: Mapping[str, Any], takes_references: bool) -> None:
+    if kwargs.get("input_ref_images") and not takes_references:
+        raise UserError(
+            "This model does not look at reference pictures.", "Omni and Edit models do; leave them out for others."
+        )
     asked = [
-        (bool(kwargs.get("input_ref_images")), "reference pictures"),
         (kwargs.get("vae_upsampler") is not None, "a VAE upsampler"),
     ]
     missing = [what for wanted, what in asked if wanted]

@@ -94,18 +94,22 @@ class TextEncoder:
         *,
         long_prompt: LongPrompt = "keep",
         tell: Callable[[str], None] = lambda note: None,
+        template: str = TEMPLATE,
     ) -> list[Tensor]:
         """Features of each prompt, (tokens, width) in the encoder's type on `device`.
 
         long_prompt: what becomes of a prompt of more than 512 tokens, the template's eight among them: "keep" takes it
         whole, "cut" its first 512 as the reference pipelines do, which `tell` is told, "refuse" raises UserError.
         More than 1504 raise UserError in any case but "cut": the transformer has positions for no more.
+        template: what each is put into, at "{prompt}".
         """
-        return [self._features(self._fitted(p, long_prompt, tell), device).to(device) for p in prompts]
+        return [self._features(self._fitted(p, template, long_prompt, tell), device).to(device) for p in prompts]
 
-    def _fitted(self, prompt: str, long_prompt: LongPrompt, tell: Callable[[str], None]) -> tuple[int, ...]:
+    def _fitted(
+        self, prompt: str, template: str, long_prompt: LongPrompt, tell: Callable[[str], None]
+    ) -> tuple[int, ...]:
         """The token ids of the prompt in its template, as many as are taken."""
-        ids: list[int] = self.tokenizer(TEMPLATE.format(prompt=prompt), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self.tokenizer(template.format(prompt=prompt), add_special_tokens=False)["input_ids"]
         begins = f"The prompt {prompt[:30]!r}... has {len(ids)} tokens"
         if long_prompt == "cut" and len(ids) > TRAINED_TOKENS:
             lost = self.tokenizer.decode(ids[TRAINED_TOKENS:], skip_special_tokens=True).removesuffix("\nassistant\n")

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from models.z_image.autoencoder import load_vae
 from models.z_image.loader import load_transformer
 from models.z_image.lora import Match, Strength
+from models.z_image.omni import OmniTransformer
+from models.z_image.omni_pipeline import OmniPipeline, load_siglip, siglip_folders
 from models.z_image.pipeline import Step, ZImagePipeline
-from models.z_image.request import from_host_kwargs
+from models.z_image.request import GenerateRequest, from_host_kwargs
 from models.z_image.text_encoder import FeatureStore, TextEncoder, load_text_encoder, load_tokenizer
+from models.z_image.transformer import ZImageTransformer
 from models.z_image.variants import TEXT_ENCODER_FILES, TEXT_ENCODER_FOLDER, VAE_FILE
 from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
@@ -91,7 +94,7 @@ class model_factory:
         self.vae: nn.Module = parts.get("vae") or load_vae(vae_path, VAE_dtype or torch.float32)
         self.transformer = parts.get("transformer") or load_transformer(paths, dtype, keep_mapped=keep_mapped)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.pipeline = ZImagePipeline(self.transformer, encoder, self.vae, device, safer)
+        self.pipeline = _pipeline_for(paths[0], self.transformer, encoder, self.vae, device, safer)
         self._interrupt = False
 
     @property
@@ -130,8 +133,7 @@ class model_factory:
         A step whose numbers were bad comes again, and with it its callback. set_progress_status is told what is done
         otherwise than asked. Raises UserError for what cannot be drawn, NumbersError for numbers that stay bad.
         """
-        branch = self.transformer.control
-        request = from_host_kwargs(self.model_def, kwargs, None if branch is None else branch.config)
+        request = self._request(kwargs)
         announce: Callable[[int], None] | None = None
         tell = set_progress_status or (lambda note: None)
 
@@ -160,9 +162,8 @@ class model_factory:
 
         Raises UserError for what cannot be drawn, a prompt that is too long among it.
         """
-        branch = self.transformer.control
         for order in orders:
-            request = from_host_kwargs(self.model_def, order, None if branch is None else branch.config)
+            request = self._request(order)
             self.pipeline.loras.begin(request.steps)
             self.pipeline.encode(request)
 
@@ -183,6 +184,22 @@ class model_factory:
     def get_loras_transformer(self, *_: Any, **__: Any) -> tuple[list[str], list[float]]:
         """LoRAs the model itself wants besides the user's: none."""
         return [], []
+
+    def _request(self, keywords: Mapping[str, Any]) -> GenerateRequest:
+        branch = self.transformer.control
+        return from_host_kwargs(
+            self.model_def,
+            keywords,
+            None if branch is None else branch.config,
+            takes_references=isinstance(self.transformer, OmniTransformer),
+        )
+
+
+def _pipeline_for(path: Path, transformer: ZImageTransformer, *rest: Any) -> ZImagePipeline:
+    """The pipeline for a transformer that was loaded from `path`."""
+    if isinstance(transformer, OmniTransformer):
+        return OmniPipeline(transformer, *rest, siglip=lambda: load_siglip(*siglip_folders(path)))
+    return ZImagePipeline(transformer, *rest)
 
 
 def _load_text_encoder(path: Path, dtype: torch.dtype, place: Callable[[nn.Module], None] | None) -> nn.Module:
