@@ -75,6 +75,8 @@ def _within(case: str, row: str, bound: float, versus: str, *, who: str = "ours"
     return Check(case=case, row=row, bound=bound, who=who, versus=versus, inverse=True, unit="x")
 
 
+_MIB = 2**20 / 1e9
+
 _H100 = "SGLang on an H100"
 _B200 = "diffusers on a B200 (Unsloth)"
 
@@ -94,40 +96,56 @@ GOALS: tuple[Goal, ...] = (
     _speed("picture 1024x1024, 8 forwards, bf16", "<= 0.69 s",
            Check(case="B3", row="1024x1024", bound=0.69, scale=1e-3, unit="s"), "0.587 s",
            f"0.906 s {_H100}, 9 forwards; 0.671 s {_B200}"),
-    _speed("picture 1024x1024, 8 forwards, 8-bit", "<= 0.50 s", None, "0.35 to 0.43 s", f"0.585 s {_B200}"),
+    _speed("picture 1024x1024, 8 forwards, 8-bit", "<= 0.50 s",
+           Check(case="B3", row="1024x1024", who="ours int8", bound=0.5, scale=1e-3, unit="s"), "0.35 to 0.43 s",
+           f"0.585 s {_B200}"),
     _speed("picture 512x512, bf16", "<= 0.185 s", Check(case="B3", row="512x512", bound=0.185, scale=1e-3, unit="s"),
            "0.142 s", f"0.155 s {_B200}, CUDA graph, 9 forwards"),
-    _speed("picture 512x512, 8-bit", "<= 0.14 s", None, "0.09 s"),
+    _speed("picture 512x512, 8-bit", "<= 0.14 s",
+           Check(case="B3", row="512x512", who="ours int8", bound=0.14, scale=1e-3, unit="s"), "0.09 s"),
     _speed("pictures per second, 1024x1024, 8 at a time, bf16", ">= 1.5 /s: a forward of all 8 in <= 667 ms",
            Check(case="B4", row="8 pictures", bound=667), "588 ms", f"about 1.2 /s {_H100}"),
+    _speed("the same in 8-bit", ">= 2.1 /s: a forward of all 8 in <= 476 ms",
+           Check(case="B4", row="8 pictures", who="ours int8", bound=476), "417 ms"),
     _speed("text encoder, 100 tokens", "<= 12 ms", Check(case="B7", row="100 tokens", bound=12), "2 ms",
            f"129 ms {_H100}; 8 ms TensorRT on a GB300"),
     _speed("text encoder, prompt known", "<= 0.2 ms",
            Check(case="B7", row="100 tokens", who="ours known prompt", bound=0.2), "0 ms"),
     _speed("VAE decode, 1024x1024", "<= 25 ms", Check(case="B8", row="1024x1024", bound=25), "13 ms",
            "30 ms TensorRT on a GB300"),
+    _speed("what a picture of 1024x1024 takes beside its stages", "<= 5 ms",
+           Check(case="B3", row="1024x1024, stages", who="ours rest", bound=5), "0 ms", f"25 to 40 ms {_H100}"),
     _speed("answers the host waits for inside the loop", "0",
            Check(case="C7", row="the loop of 8 steps", key="host_reads", bound=0, unit=""), "0"),
     _speed("1024x1024 against diffusers eager", ">= 1.5 x", _faster("B1", "1024x1024, caption 100", 1.5, "P1")),
     _speed("1024x1024 against diffusers compiled, bf16", ">= 1.10 x",
            _faster("B1", "1024x1024, caption 100", 1.1, "P2")),
+    _speed("1024x1024, our int8 against diffusers compiled in bf16", ">= 1.6 x",
+           _faster("B1", "1024x1024, caption 100", 1.6, "P2", who="ours int8")),
     _speed("1024x1024 against quanto, int8", ">= 3 x", _faster("B2", "int8, 1024x1024", 3, "P3", who="ours int8")),
     _speed("1024x1024 against expanding at every call", ">= 5 x",
            _faster("B2", "nvfp4, 1024x1024", 5, "P7", who="ours nvfp4")),
     _speed("512x512 against diffusers eager", ">= 2.0 x", _faster("B1", "512x512, caption 100", 2, "P1")),
     _speed("512x512 against diffusers compiled", ">= 1.3 x", _faster("B1", "512x512, caption 100", 1.3, "P2")),
     *(
-        Goal(section=MEMORY, metric=f"{variant}, all on the GPU", goal=f"<= {most} GB", hardware="GPU", floor=weights)
-        for variant, most, weights in (
-            ("bf16", "12.8", "12.31 GB of weights"), ("int8", "6.8", "6.30 GB"), ("int4 r256", "5.0", "4.54 GB"),
-            ("fp4 r128", "4.7", "4.20 GB"),
+        Goal(section=MEMORY, metric=f"{variant}, all on the GPU", goal=f"<= {most} GB", hardware="GPU", floor=weights,
+             check=Check(case="B6", row=f"{preset}, 1024x1024", key="peak_vram_mb", bound=most, scale=_MIB, unit="GB"))
+        for variant, preset, most, weights in (
+            ("bf16", "z_image", 12.8, "12.31 GB of weights"), ("int8", "z_image_int8", 6.8, "6.30 GB"),
+            ("int4 r256", "z_image_nunchaku_r256_int4", 5.0, "4.54 GB"),
+            ("fp4 r128", "z_image_nunchaku_r128_fp4", 4.7, "4.20 GB"),
         )
     ),
+    Goal(section=MEMORY, metric="bf16, streamed in 6 GB", hardware="GPU",
+         goal="<= 1.1 x what its bytes or its arithmetic take, whichever is longer"),
+    Goal(section=MEMORY, metric="int8, streamed in 3.5 GB", hardware="GPU", goal="<= 1.1 x the same"),
     *(
-        Goal(section=MEMORY, metric=f"{variant}, streamed in {cap} GB", goal=f"<= {slower} x the time", hardware="GPU")
-        for variant, cap, slower in (
-            ("bf16", "6", "1.1 of what its bytes or its arithmetic take"), ("int8", "3.5", "1.1 of the same"),
-            ("int4 r256", "3.9", "1.05"), ("fp4 r128", "2.9", "1.10"),
+        Goal(section=MEMORY, metric=f"{variant}, streamed in {cap} GB", goal=f"<= {slower} x the time without a cap",
+             hardware="GPU",
+             check=Check(case="B5", row=f"{preset}, {cap} GB", key="denoise_seconds", bound=slower, versus="ours",
+                         versus_row=f"{preset}, no cap", inverse=True, unit="x"))
+        for variant, preset, cap, slower in (
+            ("int4 r256", "z_image_nunchaku_r256_int4", 4, 1.05), ("fp4 r128", "z_image_nunchaku_r128_fp4", 3, 1.10),
         )
     ),
     Goal(section=MEMORY, metric="any variant, streamed", goal="<= 1.5 GB, 1.9 GB at 2048x2048", hardware="GPU",
@@ -145,10 +163,26 @@ GOALS: tuple[Goal, ...] = (
          hardware="CPU", floor="1 x",
          check=Check(case="C3", row="growth, 512x512", bound=1.25, per="gflop", versus="ours",
                      versus_row="growth, 1024x1024", unit="x")),
-    Goal(section=GROWTH, metric="16 pictures at a time, 1024x1024, bf16", goal="<= 16.5 GB", hardware="GPU"),
+    *(
+        Goal(section=GROWTH, metric=f"bf16 forward, time per FLOP, {side}x{side} against 2048x2048",
+             goal=f"within {percent} %", hardware="GPU", floor="1 x",
+             check=Check(case="B1", row="2048x2048, caption 100", bound=1 + percent / 100, per="gflop", versus="ours",
+                         versus_row=f"{side}x{side}, caption 100", unit="x"))
+        for side, percent in ((768, 12), (512, 25))
+    ),
+    Goal(section=GROWTH, metric="8 pictures at a time against one", goal="<= 7.84 x its time", hardware="GPU",
+         floor="8 x in arithmetic",
+         check=Check(case="B4", row="8 pictures", bound=7.84, versus="ours", versus_row="1 pictures", inverse=True,
+                     unit="x")),
+    Goal(section=GROWTH, metric="16 pictures at a time, 1024x1024, bf16, beyond 12.3 GB of weights", goal="<= 4.2 GB",
+         hardware="GPU", check=Check(case="B4", row="16 pictures", key="peak_mb", bound=4.2, scale=1e-3, unit="GB")),
     Goal(section=GROWTH, metric="2048x2048 in int8", goal="<= 7.6 GB", hardware="GPU"),
-    Goal(section=COLD, metric="process start to first picture, bf16 / int8", goal="<= 6 s / 4.5 s", hardware="H200",
-         peer="28 s SGLang's load"),
+    *(
+        Goal(section=COLD, metric=f"process start to first picture, {name}", goal=f"<= {most} s", hardware="H200",
+             peer="28 s SGLang's load",
+             check=Check(case="B6", row=f"{preset}, 1024x1024", key="wall_seconds", bound=most, unit="s"))
+        for name, preset, most in (("bf16", "z_image", 6), ("int8", "z_image_int8", 4.5))
+    ),
     Goal(section=COLD, metric="opening 12.3 GB in the official names", goal="<= 0.35 s", hardware="CPU",
          check=Check(case="C5", row="12.3 GB, official names", key="seconds", bound=0.35, unit="s")),
     Goal(section=COLD, metric="own memory after opening it", goal="<= 5 % of the file", hardware="CPU",

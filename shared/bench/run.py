@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shared.bench import machine
 from shared.bench.cases import Case
 from shared.bench.measure import Clock, CpuClock, CudaClock
+from shared.bench.programs import program_cases
 from shared.bench.results import Record
 from shared.bench.stand import Stand
 from shared.bench.streaming import streaming
@@ -42,9 +43,12 @@ class Options:
     folder: Path | None = None  # for large files; None takes the system's
 
 
-def find_work(families: Families) -> dict[str, CaseWork]:
-    """Case id -> the function that does it, of all families that bring a bench package."""
-    found: dict[str, CaseWork] = {}
+def find_work(families: Families, root: Path, presets: Sequence[str]) -> dict[str, CaseWork]:
+    """Case id -> the function that does it: those of the whole program, and of families that bring a bench package.
+
+    root: where wgp.py is. presets: the models that the whole program draws with.
+    """
+    found = program_cases(root, presets)
     for handler in dict.fromkeys(families.handlers.values()):
         package = f"{handler.__module__.rpartition('.')[0]}.{PACKAGE}"
         if importlib.util.find_spec(package) is not None:

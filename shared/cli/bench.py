@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to measure beside us: {peers} (default: all but {', '.join(sorted(ON_REQUEST))})",
     )
     parser.add_argument(
+        "--preset", metavar="ID,ID", default="", help="models that B5, B6 and C4 draw with (default: the demo)"
+    )
+    parser.add_argument(
         "--repeats", metavar="N", type=int, help="timed turns of each row (default: 10, fewer of slow ones)"
     )
     parser.add_argument(
@@ -64,6 +67,7 @@ def bench(ctx: AppContext, args: argparse.Namespace) -> int:
 
 
 def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], peers: frozenset[str]) -> int:
+    from shared.app.context import DEFAULT_PRESET
     from shared.bench import gates, results
     from shared.bench.card import card
     from shared.bench.machine import this_machine
@@ -74,10 +78,11 @@ def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], p
         peers=peers, command=_command(args), root=ctx.root, repeats=args.repeats,
         folder=Path(args.scratch) if args.scratch else None,
     )  # fmt: skip
+    presets = [name.strip() for name in (args.preset or DEFAULT_PRESET).split(",")]
     machine = this_machine()
     path = Path(args.out) if args.out else results.default_path(machine, f"{datetime.now(UTC):%Y-%m-%d}")
     records: list[Record] = []
-    for record in run_cases(chosen, find_work(ctx.families), options, tell):
+    for record in run_cases(chosen, find_work(ctx.families, ctx.root, presets), options, tell):
         results.merge(path, machine, [record])  # after each, so that what follows cannot lose it
         records.append(record)
         if not args.json:
@@ -103,5 +108,5 @@ def _render(root: Path) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     """What to type to measure the same again."""
-    flags = {"--cases": args.cases, "--peers": args.peers, "--repeats": args.repeats}
+    flags = {"--cases": args.cases, "--peers": args.peers, "--preset": args.preset, "--repeats": args.repeats}
     return "python wgp.py bench " + " ".join(f'{flag} "{value}"' for flag, value in flags.items() if value)

@@ -22,7 +22,10 @@ def dispatch(stand: Stand) -> None:
     given = twins.scene(config, width=128, height=64, caption=20, device=stand.device)
     contenders = _forwards(stand, both, given)
     del contenders["raw"]
-    counts = {who: stand.count(work) for who, work in contenders.items() if who != _COMPILED and stand.wants(who)}
+    counted = {who: work for who, work in contenders.items() if who != _COMPILED and stand.wants(who)}
+    for work in counted.values():
+        work()  # what is kept from the first step on is made now
+    counts = {who: stand.count(work) for who, work in counted.items()}
     facts: dict[str, dict[str, Value]] = {
         who: {"ops": found.ops, "views": found.views, "host_reads": found.host_reads} for who, found in counts.items()
     }
@@ -54,11 +57,12 @@ def on_gpu(
 ) -> None:
     """The real network in bf16: every resolution with a caption of 100 tokens, 1024x1024 with others too."""
     both = twins.make(config or TransformerConfig(), torch.bfloat16, stand.device)
+    int8 = twins.packed(both.ours, "int8", stand.folder)
     cases = [(side, 100) for side in sides] + [(1024, 32), (1024, 512)]
     for side, caption in cases:
         given = twins.scene(both.config, width=side, height=side, caption=caption, device=stand.device)
         facts: dict[str, Value] = {"tokens": given.tokens, "gflop": twins.forward_flops(both.config, given) / 1e9}
-        contenders = _forwards(stand, both, given)
+        contenders = _forwards(stand, both, given) | {"ours int8": twins.our_forward(int8, given)}
         reference = contenders["P1"]()  # in bf16: a float32 copy of the network would take 25 GB more
         stand.compare(
             f"{side}x{side}, caption {caption}",

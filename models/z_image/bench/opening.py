@@ -27,14 +27,14 @@ from models.z_image.transformer import ZImageTransformer
 
 # Blocks of the shorter file: some peers copy it into memory, which 12 GB would not leave room for everywhere.
 _FEW_LAYERS = 8
-_RUNS = 3
+RUNS = 3
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PROGRAM = Path(__file__).resolve().parents[3]
 
 
 def opening(stand: Stand, sizes: Mapping[str, TransformerConfig] | None = None) -> None:
     """Each contender opens each file it knows the names of; the least of three processes counts."""
-    stand.how = f"wall clock in a fresh process each time, least of {_RUNS}; imports not counted"
+    stand.how = f"wall clock in a fresh process each time, least of {RUNS}; imports not counted"
     sizes = sizes or {"12.3 GB": TransformerConfig(), "3.2 GB": TransformerConfig(n_layers=_FEW_LAYERS)}
     for name, config in sizes.items():
         is_full = name == next(iter(sizes)) and len(sizes) > 1
@@ -50,7 +50,7 @@ def opening(stand: Stand, sizes: Mapping[str, TransformerConfig] | None = None) 
 
 def _record(stand: Stand, row: str, who: str, path: Path, gigabytes: float) -> None:
     found: list[dict[str, float]] = []
-    for _ in range(_RUNS):
+    for _ in range(RUNS):
         done = subprocess.run(
             [sys.executable, "-m", __name__, who, str(path)],
             cwd=_PROGRAM, capture_output=True, text=True, timeout=600, check=False,
@@ -61,7 +61,7 @@ def _record(stand: Stand, row: str, who: str, path: Path, gigabytes: float) -> N
             return
         found.append(json.loads(done.stdout.strip().splitlines()[-1]))
     best = min(found, key=lambda run: run["seconds"])
-    values: dict[str, Value] = {"gb": round(gigabytes, 2), "repeats": _RUNS, **best}
+    values: dict[str, Value] = {"gb": round(gigabytes, 2), "repeats": RUNS, **best}
     stand.record(row, who, values)
 
 

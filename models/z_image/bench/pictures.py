@@ -29,10 +29,12 @@ def warm(
     both = twins.make(config or TransformerConfig(), torch.bfloat16, stand.device)
     encode, their_encode = stages.encoders(stand, text or stages.QWEN3, text_layers, _CAPTION)
     decode, their_decode = stages.decoders(stand, vae or stages.VAE)
+    int8 = twins.packed(both.ours, "int8", stand.folder)
     for side in sides:
         given = twins.scene(both.config, width=side, height=side, caption=_CAPTION, device=stand.device)
         ours = _picture(encode, partial(twins.our_loop, both.ours), decode, given)
         contenders: dict[str, Callable[[], Tensor]] = {"ours": ours}
+        contenders["ours int8"] = _picture(encode, partial(twins.our_loop, int8), decode, given)
         contenders["P1"] = _picture(their_encode, partial(twins.their_loop, both.theirs), their_decode, given)
         if stand.wants("P2"):
             fast = forwards.compiled(both.theirs)
@@ -41,14 +43,15 @@ def warm(
             who: {"forwards": twins.TURBO_STEPS, "peak_mb": stages.peak_mb(work)} for who, work in contenders.items()
             if stand.wants(who)
         }  # fmt: skip
-        stand.compare(f"{side}x{side}", contenders, reference=contenders["P1"](), facts=facts)
+        whole = stand.compare(f"{side}x{side}", contenders, reference=contenders["P1"](), facts=facts)
         latents = twins.our_loop(both.ours, given)()
         parts: dict[str, Callable[[], Any]] = {
             "ours text": encode,
             "ours denoise": twins.our_loop(both.ours, given),
             "ours decode": partial(decode, latents),
         }
-        stand.compare(f"{side}x{side}, stages", parts)
+        alone = stand.compare(f"{side}x{side}, stages", parts)
+        stand.record(f"{side}x{side}, stages", "ours rest", {"ms": round(whole["ours"] - sum(alone.values()), 4)})
 
 
 def batches(
@@ -57,10 +60,12 @@ def batches(
     """One forward of several pictures of one caption; ms are for all of them together."""
     both = twins.make(config or TransformerConfig(), torch.bfloat16, stand.device)
     one = twins.scene(both.config, width=side, height=side, caption=_CAPTION, device=stand.device)
+    int8 = twins.packed(both.ours, "int8", stand.folder)
     for count in counts:
         given = replace(one, latents=one.latents.repeat(count, 1, 1, 1))
         contenders: dict[str, Callable[[], Any]] = {
             "ours": twins.our_forward(both.ours, given),
+            "ours int8": twins.our_forward(int8, given),
             "P1": twins.their_forward(both.theirs, given),
         }
         facts: dict[str, dict[str, Value]] = {

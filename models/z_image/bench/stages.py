@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -132,7 +133,7 @@ def decode_on_cpu(stand: Stand, config: dict[str, Any] | None = None, side: int 
         contenders[f"ours {name}"] = partial(autoencoder.decode, vae, latents)
         if stand.wants("P1"):
             contenders[f"P1 {name}"] = _their_decode(theirs, dtype, latents)
-    reference = autoencoder.decode(theirs, latents)
+    reference = _their_decode(theirs, torch.float32, latents)()
     levels = {who: {"mean_levels_of_255": _levels(work(), reference)} for who, work in contenders.items()}
     stand.compare(f"{side}x{side}", contenders, reference=reference, facts=levels)
 
@@ -161,7 +162,7 @@ def decoders(stand: Stand, config: dict[str, Any]) -> tuple[Callable[[Tensor], T
     """Our decoder in bf16 and the peer's in float32, as its pipeline has it, of the same weights."""
     path, theirs = _vae(stand, config)
     ours, theirs = autoencoder.load_vae(path, torch.bfloat16).to(stand.device), theirs.to(stand.device)
-    return lambda latents: autoencoder.decode(ours, latents), lambda latents: autoencoder.decode(theirs, latents)
+    return lambda latents: autoencoder.decode(ours, latents), lambda latents: _their_picture(theirs, latents)
 
 
 def _vae(stand: Stand, config: dict[str, Any]) -> tuple[Path, Any]:
@@ -174,12 +175,15 @@ def _vae(stand: Stand, config: dict[str, Any]) -> tuple[Path, Any]:
 
 
 def _their_decode(theirs: Any, dtype: torch.dtype, latents: Tensor) -> Callable[[], Tensor]:
-    """Source: diffusers 0.42.1 pipeline_z_image.py, the end of __call__."""
-    import copy
-
     vae = copy.deepcopy(theirs).to(dtype)
-    factor, shift = theirs.config.scaling_factor, theirs.config.shift_factor
-    return lambda: vae.decode(latents.to(dtype) / factor + shift, return_dict=False)[0].float().clamp(-1, 1)
+    return lambda: _their_picture(vae, latents)
+
+
+def _their_picture(vae: Any, latents: Tensor) -> Tensor:
+    """Source: diffusers 0.42.1 pipeline_z_image.py, the end of __call__."""
+    z = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    picture: Tensor = vae.decode(z, return_dict=False)[0]
+    return picture.float().clamp(-1, 1)
 
 
 def _levels(found: Tensor, reference: Tensor) -> float:

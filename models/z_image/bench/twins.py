@@ -55,7 +55,7 @@ class Twins:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scene:
-    """Inputs of one picture: latents (1, 16, h, w) float32, caption features (tokens, width) in the network's type."""
+    """Inputs of a forward: latents (B, 16, h, w) and the features (tokens, width) of their one caption, float32."""
 
     latents: Tensor
     features: Tensor
@@ -132,9 +132,9 @@ def scene(config: TransformerConfig, *, width: int, height: int, caption: int, d
 def our_forward(
     ours: ZImageTransformer, given: Scene, *, at: int = 3, steps: int = TURBO_STEPS
 ) -> Callable[[], Tensor]:
-    """One forward as the denoising loop makes it, after `at` of `steps` steps: the velocity (1, 16, h, w)."""
+    """One forward as the denoising loop makes it, after `at` of `steps` steps: the velocity (B, 16, h, w)."""
     sigmas = _request(given, steps).noise_levels()
-    captions = ours.encode_captions([given.features.to(ours.dtype)])
+    captions = ours.encode_captions([given.features.to(ours.dtype)]).repeat(len(given.latents))
     predict = Predictor(
         ours, Prompts(positive=captions), sigmas=sigmas,
         guidance=ClassifierFreeGuidance(), nag=NormalizedAttentionGuidance(),
@@ -146,8 +146,9 @@ def their_forward(theirs: Any, given: Scene, *, at: int = 3, steps: int = TURBO_
     """The same forward as diffusers' pipeline makes it. Source: diffusers 0.42.1 pipeline_z_image.py, __call__."""
     sigma = _request(given, steps).noise_levels()[at]
     dtype = next(theirs.parameters()).dtype
-    time = torch.tensor([1 - sigma], dtype=torch.float32, device=given.latents.device)
-    features = [given.features.to(dtype)]
+    pictures = len(given.latents)
+    time = torch.full((pictures,), 1 - sigma, dtype=torch.float32, device=given.latents.device)
+    features = [given.features.to(dtype)] * pictures
 
     def forward() -> Tensor:
         images = list(given.latents.to(dtype).unsqueeze(2).unbind(dim=0))

@@ -1,0 +1,175 @@
+"""Goals held against results, and the page and plots made of them; those that come with the program among them."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from shared.bench import charts
+from shared.bench.goals import GOALS, Check, Goal
+from shared.bench.machine import Machine
+from shared.bench.page import PAGE, render
+from shared.bench.results import Record, Results, Row, read_all
+from shared.bench.verdict import judge
+from shared.cli.bench import bench
+
+PROGRAM = Path(__file__).parents[3]
+
+
+def goal(check: Check | None, hardware: str = "CPU") -> Goal:
+    return Goal(section="Speed", metric="a forward", goal="fast", hardware=hardware, check=check)  # type: ignore[arg-type]
+
+
+def test_a_figure_is_held_against_its_bound(machine: Machine, record: Record) -> None:
+    results = [Results(machine, {"C1": record})]
+
+    slow = judge(goal(Check(case="C1", row="one forward", bound=3)), results)
+    fast = judge(goal(Check(case="C1", row="one forward", bound=5)), results)
+
+    assert (slow.met, slow.ours) == (False, "4 ms")
+    assert fast.met is True
+
+
+def test_a_ratio_is_the_peers_time_over_ours_with_both_shown(machine: Machine, record: Record) -> None:
+    check = Check(case="C1", row="one forward", bound=3, versus="P1", at_most=False, unit="x")
+
+    verdict = judge(goal(check), [Results(machine, {"C1": record})])
+
+    assert (verdict.met, verdict.ours, verdict.peer) == (True, "3.50 x (4 ms)", "14 ms diffusers, eager")
+
+
+def test_an_inverse_ratio_is_ours_over_the_others(machine: Machine, record: Record) -> None:
+    check = Check(case="C1", row="one forward", bound=0.2, versus="P1", inverse=True, unit="x")
+
+    verdict = judge(goal(check), [Results(machine, {"C1": record})])
+
+    assert (verdict.met, verdict.ours) == (False, "0.29 x (4 ms)")
+
+
+def test_the_latest_run_counts_and_the_first_is_shown_beside_it(machine: Machine, record: Record) -> None:
+    better = tuple(Row(r.row, r.who, {**r.values, "ms": float(r.values["ms"]) / 2}) for r in record.rows)
+    later = replace(record, date="2026-02-01T00:00:00Z", rows=better)
+    files = [Results(machine, {"C1": later}), Results(machine, {"C1": record})]
+
+    verdict = judge(goal(Check(case="C1", row="one forward", bound=3)), files)
+
+    assert (verdict.ours, verdict.first, verdict.met) == ("2 ms", "4 ms", True)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        None,
+        Check(case="C9", row="one forward", bound=1),
+        Check(case="C1", row="another row", bound=1),
+        Check(case="C1", row="one forward", bound=1, key="peak_mb"),
+        Check(case="C1", row="one forward", bound=1, versus="P3"),
+    ],
+)
+def test_what_was_not_measured_is_neither_reached_nor_missed(
+    machine: Machine, record: Record, check: Check | None
+) -> None:
+    verdict = judge(goal(check), [Results(machine, {"C1": record})])
+
+    assert (verdict.met, verdict.ours) == (None, "")
+
+
+def test_a_goal_for_one_gpu_is_not_judged_by_another(machine: Machine, record: Record) -> None:
+    on_gpu = replace(record, case="B1")
+    check = Check(case="B1", row="one forward", bound=5)
+    cards = {name: replace(machine, gpu=name) for name in ("NVIDIA H200", "NVIDIA A10")}
+
+    verdicts = {
+        (hardware, name): judge(goal(check, hardware), [Results(card, {"B1": on_gpu})]).met
+        for hardware in ("H200", "GPU")
+        for name, card in cards.items()
+    }
+
+    assert verdicts == {
+        ("H200", "NVIDIA H200"): True, ("H200", "NVIDIA A10"): None,
+        ("GPU", "NVIDIA H200"): True, ("GPU", "NVIDIA A10"): True,
+    }  # fmt: skip
+
+
+def test_the_page_lists_what_is_missing_and_what_fell_short(machine: Machine, record: Record) -> None:
+    goals = [
+        goal(Check(case="C1", row="one forward", bound=3)),
+        replace(goal(Check(case="B1", row="one forward", bound=3), "H200"), metric="on a large GPU"),
+        replace(goal(None, "GPU"), metric="by nobody"),
+    ]
+
+    text = render([Results(machine, {"C1": record})], goals)[PAGE]
+
+    assert "3 goals, 1 measured, 0 of these reached" in text
+    assert "- a forward: fast (4 ms)" in text
+    assert "- on a large GPU: fast (case B1 on an H200)" in text
+    assert "- by nobody: fast (needs a GPU; no case tells it yet)" in text
+    assert "| a forward | fast |  |  |  | 4 ms |  | no | 2026-01-02, M1 |" in text
+    assert "- **M1**: 4 cores of Some CPU, 16 GB" in text
+    assert "- A note." in text
+
+
+def test_without_results_the_page_is_a_list_of_what_is_to_be_measured() -> None:
+    files = render([])
+
+    assert list(files) == [PAGE]
+    assert f"{len(GOALS)} goals, 0 measured" in files[PAGE]
+
+
+def test_the_page_in_the_docs_is_what_the_results_render_to() -> None:
+    for name, text in render(read_all()).items():
+        assert (PROGRAM / name).read_text(encoding="utf-8") == text, f"{name}: run `python wgp.py bench --render`"
+
+
+def test_every_plot_in_the_docs_is_rendered() -> None:
+    rendered = set(render(read_all()))
+
+    found = {path.relative_to(PROGRAM).as_posix() for path in (PROGRAM / "docs" / "images").glob("bench_*")}
+    assert found == rendered - {PAGE}
+
+
+def test_plots_are_readable_and_name_everything_they_show() -> None:
+    drawn = {
+        "lines": charts.lines(
+            "T & Co",
+            "x",
+            "y",
+            {"ours": [(1, 2), (2, 3)], "floor": [(1, 1), (2, 2)]},
+            floor="floor",
+            names={1: "256x256"},
+        ),
+        "bars": charts.bars("T & Co", "y", {"ours": 3.0, "256x256": 4.0, "floor": 5.0}, unit="MB"),
+        "points": charts.points("T & Co", "x", "y", {"ours": (10, 0.01), "256x256": (20, 0.1), "floor": (5, 0.5)}),
+    }
+
+    for text in drawn.values():
+        words = [element.text for element in ET.fromstring(text).iter() if element.text]
+        assert {"T & Co", "ours", "floor", "256x256"} <= set(words)
+
+
+def test_the_floor_is_dashed() -> None:
+    series = {"ours": [(1.0, 2.0), (2.0, 3.0)], "floor": [(1.0, 1.0), (2.0, 2.0)]}
+
+    text = charts.lines("T", "x", "y", series, floor="floor", names={})
+
+    assert text.count("stroke-dasharray") == 1
+
+
+def test_lower_values_are_drawn_lower() -> None:
+    text = charts.bars("T", "y", {"small": 1.0, "large": 4.0}, unit="MB")
+
+    bars = [e for e in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}rect") if e.get("x")]
+    small, large = (float(bar.attrib["height"]) for bar in bars)
+    assert large == pytest.approx(4 * small, rel=0.01)
+
+
+def test_render_writes_every_file(tmp_path: Path) -> None:
+    from argparse import Namespace
+    from types import SimpleNamespace
+
+    assert bench(SimpleNamespace(root=tmp_path), Namespace(render=True)) == 0  # type: ignore[arg-type]
+
+    assert (tmp_path / PAGE).read_text(encoding="utf-8") == render(read_all())[PAGE]

@@ -1,0 +1,55 @@
+"""What a case function's stand keeps of a comparison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shared.bench.stand import Stand, relative_error
+
+
+def test_each_contender_gets_a_row_with_time_error_and_facts(stand: Stand) -> None:
+    exact = torch.tensor([3.0, 4.0])
+    contenders = {"ours": lambda: exact + torch.tensor([0.0, 0.5]), "P1": lambda: exact, "raw": lambda: None}
+
+    taken = stand.compare("a row", contenders, reference=exact, facts={"ours": {"tokens": 7}})
+
+    assert taken == {"ours": 1.0, "P1": 2.0, "raw": 3.0}
+    values = {row.who: row.values for row in stand.rows}
+    assert {row.row for row in stand.rows} == {"a row"}
+    assert values["ours"]["error"] == 0.1
+    assert values["ours"]["tokens"] == 7
+    assert values["P1"]["error"] == 0.0
+    assert "error" not in values["raw"]
+
+
+def test_peers_that_a_run_leaves_out_are_not_called(stand: Stand) -> None:
+    def never() -> None:
+        raise AssertionError("called")
+
+    stand.compare("a row", {"ours": lambda: None, "P3": never, "P2 bf16": never})
+
+    assert [row.who for row in stand.rows] == ["ours"]
+
+
+def test_names_of_ours_are_no_peers(stand: Stand) -> None:
+    assert stand.wants("ours int8")
+    assert stand.wants("raw")
+    assert stand.wants("P1 float32")
+    assert not stand.wants("P7")
+
+
+def test_the_error_is_relative_to_the_reference_in_float32() -> None:
+    reference = torch.tensor([30.0, 40.0])
+
+    error = relative_error(torch.tensor([30.0, 45.0]).bfloat16(), reference)
+
+    assert error == pytest.approx(0.1)
+
+
+def test_notes_and_records_are_kept(stand: Stand) -> None:
+    stand.record("counted", "ours", {"forwards": 8})
+    stand.note("P6 is not installed.")
+
+    assert [(row.row, row.values) for row in stand.rows] == [("counted", {"forwards": 8})]
+    assert stand.notes == ["P6 is not installed."]
