@@ -13,9 +13,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, median
@@ -75,6 +78,7 @@ class CompareRequest:
 
     formats: names to write the preset's transformer in, or ("all",). files: further transformers, as they are.
     prompts: instead of the scorer's. settings: host keys for all pictures. scorer: "" for the preset's own.
+    jobs: models that are drawn with at a time, sharing the CPU's cores.
     """
 
     preset: str
@@ -86,6 +90,7 @@ class CompareRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraChoice | None = None
     scorer: str = ""
+    jobs: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,19 +176,27 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
     pictures = _pictures_of(request, prompts)
     _check_settings(preset, pictures)
     reference_file = _reference(ctx, preset)
+    _know_the_text_encoder(ctx, preset)
     request.output.mkdir(parents=True, exist_ok=True)
 
     sheet = ContactSheet(prompts)
     rows: list[Row] = []
     reference: _Pictures | None = None
-    reference_name = _plain_name(reference_file)
-    for name, path in _contenders(ctx, request, reference_file, reference_name, formats, say):
+    job = DrawJob(
+        root=ctx.root, args=_flags(ctx), preset=preset.id, file=reference_file, pictures=pictures,
+        threads=max((os.cpu_count() or 1) // request.jobs, 1) if request.jobs > 1 else 0,
+    )  # fmt: skip
+
+    def draw_all(name: str, path: Path) -> _Pictures:
+        return _drawn(draw(replace(job, file=path)), len(prompts), lambda words: say(f"{name}: {words}"))
+
+    contenders = _contenders(ctx, request, reference_file, _plain_name(reference_file), formats, say)
+    for name, path, outcome in _at_a_time(request.jobs, contenders, draw_all):
         if isinstance(path, UserError):
             rows.append(Row(name=name, file="", bytes=0, problem=str(path)))
             continue
-        job = DrawJob(root=ctx.root, args=_flags(ctx), preset=preset.id, file=path, pictures=pictures)
         try:
-            found = _drawn(draw(job), len(prompts), lambda words, name=name: say(f"{name}: {words}"))  # type: ignore[misc]
+            found = outcome()
         except UserError as error:
             if reference is None or name in request.formats:
                 raise
@@ -209,6 +222,24 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
     text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False) + "\n"
     write_file(result.report, lambda file: file.write(text.encode("utf-8")))
     return result
+
+
+def _at_a_time(
+    jobs: int, contenders: Iterator[tuple[str, Path | UserError]], draw: Callable[[str, Path], _Pictures]
+) -> Iterator[tuple[str, Path | UserError, Callable[[], _Pictures]]]:
+    """Each contender in its order with its pictures to be waited for, while `jobs` at most are being drawn."""
+    with ThreadPoolExecutor(jobs) as pool:
+        waiting: deque[tuple[str, Path | UserError, Callable[[], _Pictures]]] = deque()
+        for name, path in contenders:
+            outcome = _not_drawn if isinstance(path, UserError) else pool.submit(draw, name, path).result
+            waiting.append((name, path, outcome))
+            while len(waiting) >= jobs:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def _not_drawn() -> _Pictures:
+    raise RunError("There is no file to draw with.")
 
 
 def format_names(root: Path) -> list[str]:
@@ -277,6 +308,14 @@ def _reference(ctx: AppContext, preset: Preset) -> Path:
             f"Draw one picture with it first: wgp.py generate PROMPT --preset {preset.id}.",
         )
     return wanted.path
+
+
+def _know_the_text_encoder(ctx: AppContext, preset: Preset) -> None:
+    """Have its hash at hand, by which prompts are remembered: then the first model alone needs to load it."""
+    for file in find_files(ctx, choose_files(preset)):
+        if file.role == "text_encoder" and file.path is not None:
+            for part in Checkpoint.open(file.path).files:
+                ctx.files.sha256(part)
 
 
 def _plain_name(path: Path) -> str:

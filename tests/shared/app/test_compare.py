@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -149,6 +150,29 @@ def test_a_file_that_cannot_be_drawn_with_gets_a_row_that_says_why(fake_ctx: App
     assert [row.name for row in rows] == ["fp32", "broken", "good"]
     assert "broken.safetensors: broken." in rows[1].problem
     assert not rows[2].problem
+
+
+def test_models_are_drawn_with_so_many_at_a_time_and_keep_their_order(fake_ctx: AppContext) -> None:
+    files = [write_weights(fake_ctx.root / f"{name}.safetensors") for name in ("a", "broken", "b", "c")]
+    alone = run(fake_ctx, files=files).rows
+    both, at_once, most = threading.Barrier(2), 0, 0
+
+    def draw_two(job: DrawJob) -> Iterator[Drawn | Spent]:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        if job.file.stem in ("a", "transformer"):
+            both.wait(timeout=60)  # until the other of the two has begun as well
+        try:
+            yield from fake_draw(job)
+        finally:
+            at_once -= 1
+
+    request = CompareRequest(preset="small", output=fake_ctx.root / "out", count=3, files=files, jobs=2)
+    together = compare(fake_ctx, request, lambda _: None, draw_two).rows
+
+    assert together == alone
+    assert most == 2
 
 
 def test_prompts_of_ones_own_are_drawn_in_turn_and_not_scored(

@@ -48,7 +48,7 @@ def test_a_format_without_figures_says_why_below_the_table() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--prompts", "nothing.txt"], "cannot be read"), (["--prompts", "empty.txt"], "no prompt"),
-     (["--count", "0"], "at least one picture")],
+     (["--count", "0"], "at least one picture"), (["--jobs", "0"], "at least one model")],
 )  # fmt: skip
 def test_a_wrong_flag_is_named(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
