@@ -1,8 +1,14 @@
-"""Calibration: draw some pictures with the model that is to be converted, and watch what its linears are fed with."""
+"""Calibration: draw some pictures with the model that is to be converted, and watch what its linears are fed with.
+
+On a CPU the weights of a large model stay in their file, and each block lets go of its pages once it has run: what is
+in memory is one block, not twelve gigabytes. They are read anew at each step, from the disk where the system has
+no memory left over to keep them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +21,8 @@ from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from shared.app.context import AppContext
     from shared.quant.inputs import InputRecorder
 
@@ -63,13 +71,41 @@ def watch(ctx: AppContext, drawings: Drawings, say: Say) -> InputRecorder:
     try:
         model = holder.ensure(plans[0], say)
         processor: Any = model.processor
-        with InputRecorder(processor.transformer) as recorder, torch.no_grad():
+        network = processor.transformer
+        at_once = block_by_block(network) if _is_large(drawings.source) else nullcontext()
+        with InputRecorder(network) as recorder, at_once, torch.no_grad():
             for number, plan in enumerate(plans, 1):
                 say(f"Calibrating, picture {number} of {len(plans)}")
                 _draw(processor, plan.settings)
     finally:
         holder.release()
     return recorder
+
+
+@contextmanager
+def block_by_block(network: nn.Module) -> Iterator[None]:
+    """Meanwhile each block of the network, member of a list of modules, lets go of its mapped weights once it has run.
+
+    Weights in memory of their own are left alone.
+    """
+    from torch import nn
+
+    from shared.quant.mapping import forget
+
+    blocks = [block for part in network.modules() if isinstance(part, nn.ModuleList) for block in part]
+    handles = [
+        block.register_forward_hook(lambda own, _inputs, _output: forget((*own.parameters(), *own.buffers())) and None)
+        for block in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_large(source: Path) -> bool:
+    return Checkpoint.open(source).nbytes >= _MAPPED_FROM
 
 
 def _draw(processor: Any, settings: GenerationSettings) -> None:
@@ -104,6 +140,6 @@ def _machine(machine: Machine, source: Path) -> Machine:
     """The same, but on a CPU a large file is computed in its own type: then its weights take no memory of their own."""
     checkpoint = Checkpoint.open(source)
     types = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) == 2}
-    if machine.device.kind != "cpu" or checkpoint.nbytes < _MAPPED_FROM or len(types) > 1 or not types <= _TYPES.keys():
+    if machine.device.kind != "cpu" or not _is_large(source) or len(types) > 1 or not types <= _TYPES.keys():
         return machine
     return replace(machine, dtype=Choice(_TYPES[types.pop()], "the file's own, so that its weights stay on the disk"))
