@@ -15,7 +15,7 @@ from models.z_image.config import TransformerConfig
 from models.z_image.control_config import ControlConfig, Refiner, release_of
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import slot_of
-from shared.quant.assemble import Part, Plan, fill, shapes
+from shared.quant.assemble import Part, Plan, check, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError
 from shared.quant.formats import layers_of
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROL_PREFIX = "control_"
+CONTROL_EMBEDDER = "control_all_x_embedder.2-1"
 _LANDMARK = "control_layers.0."
 _OURS = (
-    ("control_all_x_embedder.2-1", "x_embedder"),
+    (CONTROL_EMBEDDER, "x_embedder"),
     ("control_x_embedder", "x_embedder"),
     ("control_layers.", "layers."),
     ("control_noise_refiner.", "noise_refiner."),
@@ -113,14 +114,64 @@ def load_control(
 
     plan = plan_control(checkpoint)
     config = read_control_config(checkpoint, plan, trunk.n_layers)
-    if config.refiner == "layers":
-        # The file may hold a refiner that was never trained: all zeros, which would silence the first hints.
-        plan = {module: parts for module, parts in plan.items() if not module.startswith("noise_refiner.")}
+    plan = _used(plan, config)
     logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
     with torch.device("meta"):
         branch = ControlBranch(trunk, config)
     fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute, join=join)
     return branch.eval().requires_grad_(False)
+
+
+def check_control(
+    checkpoint: Checkpoint,
+) -> tuple[Plan, dict[str, dict[str, tuple[int, ...]]], dict[str, Any]]:
+    """Whether a file fills a whole branch, from its header, beside a trunk of whatever sizes; load_control()'s errors.
+
+    Returns the plan of what is used, our module (or bare parameter) -> suffix -> shape, and what the header's `config`
+    has to say for the branch to be read again.
+    """
+    import torch
+
+    from models.z_image.control import ControlBranch
+
+    plan = plan_control(checkpoint)
+    known = shapes(plan)
+    given = _header_config(checkpoint)
+    trunk_layers = max(given.get("control_layers_places", ()), default=PUBLISHED_LAYERS - 1) + 1
+    config = read_control_config(checkpoint, plan, trunk_layers)
+    plan = _used(plan, config)
+    try:
+        dim, head = known["x_embedder.weight"][0], known["layers.0.attention.q_norm.weight"][0]
+        trunk = TransformerConfig(
+            dim=dim,
+            n_layers=trunk_layers,
+            n_refiner_layers=1
+            + max((int(n.split(".")[1]) for n in known if n.startswith("noise_refiner.")), default=0),
+            n_heads=dim // head,
+            ffn_dim=known["layers.0.feed_forward.w2.weight"][1],
+            time_dim=known["layers.0.adaLN_modulation.0.weight"][1],
+            axes_dims=(head, 0, 0),  # of which the branch has no tensor
+        )
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise LayerMismatchError(
+            f"{checkpoint.path}: cannot read the ControlNet's sizes, {error} is missing or of another shape.",
+            "The file looks truncated; download it again.",
+        ) from error
+    with torch.device("meta"):
+        branch = ControlBranch(trunk, config)
+    return plan, check(branch, plan, source=str(checkpoint.path), hint=_hint), given
+
+
+def _count(names: Iterable[str], stage: str) -> int:
+    """Blocks of a stage, by the highest number among its names."""
+    return max((int(name.split(".")[1]) + 1 for name in names if name.startswith(stage)), default=0)
+
+
+def _used(plan: Plan, config: ControlConfig) -> Plan:
+    """Without a refiner that was never trained: all zeros, which would silence the first hints."""
+    if config.refiner != "layers":
+        return plan
+    return {module: parts for module, parts in plan.items() if not module.startswith("noise_refiner.")}
 
 
 def _our_name(module: str) -> str:

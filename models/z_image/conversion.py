@@ -1,6 +1,7 @@
 """What the converter (shared/quant/convert.py) has to know of Z-Image: its layers and their names in each file.
 
-Names: the table in keys.py. Recipes are written for the official ones.
+Names: the table in keys.py. Recipes are written for the official ones, and hold for the layers of a ControlNet too,
+whose file keeps its own: those of a transformer behind `control_`, split or fused as they were.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from models.z_image.keys import diffusers_names
+from models.z_image.control_loader import CONTROL_EMBEDDER, CONTROL_PREFIX, check_control, find_control_prefix
+from models.z_image.keys import diffusers_names, find_prefix
 from models.z_image.loader import check_transformer, plan_layers, read_config
 from models.z_image.prompts import calibration_prompts
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.convert import Model, Place
+from shared.quant.convert import Model, Place, Places
 from shared.quant.formats import quanto_int8, svdq
 from shared.quant.targets import DEFAULT_RANK, Naming
 
@@ -34,8 +36,12 @@ _REFINERS = ("noise_refiner.", "context_refiner.")
 
 
 def open_model(path: Path) -> Model:
-    """The transformer in a file, checked to be whole. Raises what load_transformer() raises."""
+    """The transformer or ControlNet in a file, checked to be whole. Raises what load_transformer() raises."""
     checkpoint = Checkpoint.open(path)
+    if find_prefix(checkpoint.tensors) is None and find_control_prefix(checkpoint.tensors) is not None:
+        plan, wanted, given = check_control(checkpoint)
+        is_split = any(".attention.to_q." in name for name in checkpoint.tensors)
+        return Model(checkpoint, plan, wanted, given, control_places("diffusers" if is_split else "official"))
     plan = plan_layers(checkpoint)
     config = read_config(checkpoint, plan)
     wanted = check_transformer(checkpoint, plan, config)
@@ -116,12 +122,29 @@ def places(module: str, naming: Naming, *, packed: bool) -> tuple[Place, ...]:
     return tuple(Place(name, (i,), len(names), (said[i],)) for i, name in enumerate(names))
 
 
+def control_places(own: Naming) -> Places:
+    """places() of a ControlNet's modules. own: how its file names them, but for what nunchaku's formats pack."""
+
+    def placed(module: str, naming: Naming, *, packed: bool) -> tuple[Place, ...]:
+        kept = places(module, naming if naming == "nunchaku" else own, packed=packed)
+        return tuple(replace(place, module=their_name(place.module)) for place in kept)
+
+    return placed
+
+
+def their_name(module: str) -> str:
+    """What a ControlNet's file calls a module that a transformer's file would call this."""
+    return CONTROL_EMBEDDER if module in ("x_embedder", "all_x_embedder.2-1") else f"{CONTROL_PREFIX}{module}"
+
+
 def header(
     naming: Naming, formats: Mapping[str, str], config: Mapping[str, object], rank: int | None
 ) -> dict[str, str]:
     """The `__metadata__` that readers of this kind of file want. formats: packed module in the file -> format."""
     if naming == "diffusers":
-        return quanto_int8.header(formats, config)
+        # A ControlNet's reader looks under its plain name.
+        places_of_hints = {"config": json.dumps(config)} if "control_layers_places" in config else {}
+        return quanto_int8.header(formats, config) | places_of_hints
     if naming == "nunchaku":
         kind: Kind = "fp4" if "svdq_fp4" in formats.values() else "int4"
         skip = not any(module.startswith(_REFINERS) for module in formats)

@@ -1,4 +1,4 @@
-"""`quantize`: convert a transformer's file into another format, report on it, and make it a preset."""
+"""`quantize`: convert a transformer's or a ControlNet's file into another format, report on it, make it a preset."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from shared.quant.error_lora import find_beside, path_beside
 from shared.quant.errors import UserError
 from shared.quant.formats import format_of
 from shared.quant.recipe import KEPT, Recipe, Rule
-from shared.quant.sensitivity import AUTO, GGUF_FORMATS, SAFETENSORS_FORMATS
+from shared.quant.sensitivity import AUTO, GGUF_FORMATS, SAFETENSORS_FORMATS, SVDQ_FORMATS
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
     from shared.app.presets import Preset
     from shared.quant.convert import Conversion, LayerReport, Means, Model, OnProgress
     from shared.quant.inputs import Inputs
+    from shared.quant.sensitivity import Candidate, Sensitivity
     from shared.quant.targets import Target
 
 FINETUNES = "finetunes"
 WORST = 10
-_KINDS = ("transformer", "checkpoint")
+CONTROL = "control"
+_KINDS = ("transformer", "checkpoint", CONTROL)
 _NO_CALIBRATION = (
     "SVDQuant without calibration: no activations were looked at, so nothing is smoothed; "
     "the low-rank branch makes up for the weights' rounding only."
@@ -134,8 +136,10 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
     started = time.monotonic()
     _check_paths(request)
     _check_lora_paths(request)
-    family = _family_of(ctx, request.source)
-    like = _preset_like(ctx, request) if request.with_preset else None
+    family, kind = _family_of(ctx, request.source)
+    if kind == CONTROL:
+        _check_control(request)
+    like = _preset_like(ctx, request, kind) if request.with_preset else None
     known = targets()
     recipe = _recipe(request, family.RECIPES, [*known, "bf16", "fp16", AUTO])
     is_auto = any(rule.format == AUTO for rule in recipe.rules)
@@ -145,7 +149,7 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
     is_gguf = request.output.suffix.lower() == ".gguf"
     conversion = plan_conversion(model, _opened(recipe, is_gguf), known, gguf=is_gguf)
     _check_keep(request, conversion)
-    _check_flags(request, conversion)
+    _check_flags(request, conversion, is_auto)
     rank = request.rank or DEFAULT_RANK
     means = Means(rank=rank, learned_rounding=request.learned_rounding, error_lora_rank=request.error_lora_rank)
     prompts = tuple(request.prompts or family.calibration_prompts(model.config)) if request.calibrate else ()
@@ -153,9 +157,8 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         means = replace(means, inputs=_calibrated(ctx, request, prompts, conversion, on_progress))
     chosen: list[Chosen] = []
     if is_auto:
-        header = family.header(conversion.naming, {}, model.config, None)
-        recipe, chosen = _choose(request, recipe, conversion, known, means, header, on_progress)
-        conversion = plan_conversion(model, recipe, known, gguf=is_gguf)
+        choosing = _Choosing(request, recipe, family, model, known, means, on_progress)
+        recipe, chosen, conversion = choosing.best()
     naming = "official" if is_gguf else conversion.naming
     metadata = family.header(naming, conversion.formats, model.config, rank)
     if is_gguf:
@@ -184,10 +187,10 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         peak_rss_mb=peak_rss_mb(),
         layers=layers,
         notes=(*notes, *((_NO_CALIBRATION,) if conversion.has_rank and not request.calibrate else ())),
-        preset=_register(ctx, like, request, recipe) if like else "",
+        preset=_register(ctx, like, request, recipe, kind) if like else "",
         error_lora=path_beside(request.output) if request.error_lora_rank else None,
         chosen=chosen,
-        expected_bytes=expected_bytes(conversion, metadata) if is_auto else None,
+        expected_bytes=expected_bytes(conversion, metadata, rank) if is_auto else None,
     )
     said: dict[str, Any] = {"source": str(request.source), "recipe": str(recipe.path)}
     said["rank"] = rank if conversion.has_rank else None
@@ -231,8 +234,8 @@ def _check_lora_paths(request: QuantizeRequest) -> None:
         raise UserError(f"{beside} is there already.", "Choose another name, or add --overwrite.")
 
 
-def _family_of(ctx: AppContext, source: Path) -> Any:
-    """The conversion module of the family that the file belongs to."""
+def _family_of(ctx: AppContext, source: Path) -> tuple[Any, str]:
+    """The conversion module of the family that the file belongs to, and what kind of file it is."""
     checkpoint = Checkpoint.open(source)
     for family in ctx.families.infos:
         name = f"models.{family}.conversion"
@@ -240,11 +243,23 @@ def _family_of(ctx: AppContext, source: Path) -> Any:
             continue
         described = describe_checkpoint(checkpoint, {family: None})
         if described["kind"] in _KINDS:
-            return import_module(name)
+            return import_module(name), described["kind"]
     described = describe_checkpoint(checkpoint, ctx.families.infos)
     raise UserError(
-        f"{source}: {described['summary']}; only transformers can be converted.", "`wgp.py inspect FILE` says more."
+        f"{source}: {described['summary']}; only transformers and ControlNets can be converted.",
+        "`wgp.py inspect FILE` says more.",
     )
+
+
+def _check_control(request: QuantizeRequest) -> None:
+    """Whether nothing is asked that takes a transformer."""
+    flags = {
+        "--merge-lora": bool(request.merge_loras),
+        "--error-lora": bool(request.error_lora_rank),
+        "--calibrate": bool(request.calibrate),
+    }
+    for flag in (flag for flag, is_given in flags.items() if is_given):
+        raise UserError(f"{flag} is for transformers, and {request.source.name} is a ControlNet.", "Leave it out.")
 
 
 def _check_numbers(request: QuantizeRequest, is_auto: bool) -> None:
@@ -262,9 +277,9 @@ def _check_numbers(request: QuantizeRequest, is_auto: bool) -> None:
         )  # fmt: skip
 
 
-def _check_flags(request: QuantizeRequest, conversion: Conversion) -> None:
-    """Whether the formats have what the flags are about."""
-    if request.rank is not None and not (conversion.has_rank and request.rank > 0):
+def _check_flags(request: QuantizeRequest, conversion: Conversion, is_auto: bool) -> None:
+    """Whether the formats have what the flags are about. is_auto: formats are still to be chosen, SVDQ may be one."""
+    if request.rank is not None and not ((conversion.has_rank or is_auto) and request.rank > 0):
         raise UserError(f"--rank {request.rank}: a positive number, for SVDQ formats only.", "Leave it out.")
     if request.learned_rounding and not any(job.target and job.target.has_learned_rounding for job in conversion.jobs):
         raise UserError("--learned-rounding: none of the formats here offers it; SVDQ formats do.", "Leave it out.")
@@ -303,7 +318,7 @@ def _calibrated(
 
     drawings = Drawings(
         source=request.source,
-        like=_preset_like(ctx, request),
+        like=_plain_or_like(ctx, request),
         prompts=prompts,
         count=request.calibrate,
         loras=request.merge_loras,
@@ -311,51 +326,127 @@ def _calibrated(
     return watch(ctx, drawings, lambda words: on_progress(0, conversion.numbers, words)).inputs
 
 
-def _choose(
-    request: QuantizeRequest,
-    recipe: Recipe,
-    conversion: Conversion,
-    known: Mapping[str, Target],
-    means: Means,
-    header: Mapping[str, str],
-    on_progress: OnProgress,
-) -> tuple[Recipe, list[Chosen]]:
-    """The recipe with a format for each layer that it leaves open, and why."""
-    from shared.quant.convert import expected_bytes
-    from shared.quant.sensitivity import choose, probe
+@dataclass(frozen=True)
+class _Choosing:
+    """Finds a format for each layer that a recipe leaves open."""
 
-    is_gguf = request.output.suffix.lower() == ".gguf"
-    formats = {name: known.get(name) for name in (GGUF_FORMATS if is_gguf else SAFETENSORS_FORMATS)}
-    jobs = [job for job in conversion.jobs if job.target and recipe.format_of(job.place.official[0]) == AUTO]
-    layers = []
-    for job in jobs:
-        on_progress(0, conversion.numbers, f"Trying formats on {job.place.module}")
-        layers.append(probe(job, formats, means))
-    smallest = sum(min(c.bytes for c in layer.candidates) for layer in layers)
-    # All that is not chosen for: the file with the smallest formats, without them.
-    rest = expected_bytes(conversion, header) - smallest
-    if rest + smallest > request.target_size:
-        raise UserError(
-            f"--target-size: {request.target_size / 1e6:,.1f} MB is too small; the smallest file of this recipe takes "
-            f"{(rest + smallest) / 1e6:,.1f} MB.",
-            "Allow that much, or write a recipe that packs more layers.",
-        )
-    found = choose(layers, request.target_size - rest)
-    rules = [Rule(re.compile(re.escape(name)), candidate.format) for name, candidate in found.items()]
-    words = f"Chosen for {request.source.name} and {request.target_size / 1e6:,.1f} MB. {recipe.description}"
-    fixed = [rule for rule in recipe.rules if rule.format != AUTO]
-    reasons = [
-        Chosen(
-            layer=layer.name,
-            format=found[layer.name].format,
-            kurtosis=layer.kurtosis,
-            peak=layer.peak,
-            errors={candidate.format: candidate.error for candidate in layer.candidates},
-        )
-        for layer in layers
-    ]
-    # First, since no other rule decided about these layers.
-    return replace(recipe, description=words, rules=(*rules, *fixed)), reasons
+    request: QuantizeRequest
+    recipe: Recipe
+    family: Any
+    model: Model
+    known: Mapping[str, Target]
+    means: Means
+    on_progress: OnProgress
+
+    def best(self) -> tuple[Recipe, list[Chosen], Conversion]:
+        """The recipe whose layers have the least errors, why each is so, and the conversion by it.
+
+        Raises UserError naming the smallest size that is possible, where it is more than the one asked for.
+        """
+        is_gguf = self.request.output.suffix.lower() == ".gguf"
+        formats = GGUF_FORMATS if is_gguf else SAFETENSORS_FORMATS
+        choices = [self._among(formats, _opened(self.recipe, is_gguf))]
+        if not is_gguf and (not choices[0].fits or any(c.format == formats[0] for c in choices[0].found.values())):
+            choices += [choice for kind in SVDQ_FORMATS if (choice := self._in_svdq(kind)) is not None]
+        fitting = [choice for choice in choices if choice.fits]
+        if not fitting:
+            smallest = min(choice.smallest for choice in choices)
+            raise UserError(
+                f"--target-size: {self._size} is too small; the smallest file of this recipe takes "
+                f"{smallest / 1e6:,.1f} MB.",
+                "Allow that much, or write a recipe that packs more layers.",
+            )
+        chosen = min(fitting, key=lambda choice: choice.error)
+        rules = [Rule(re.compile(re.escape(name)), format) for name, format in chosen.formats.items()]
+        has_rank = any(format in SVDQ_FORMATS for format in chosen.formats.values())
+        asked = f"{self._size}, --rank {self.means.rank}" if has_rank else self._size
+        words = f"Chosen for {self.request.source.name} and {asked}. {self.recipe.description}"
+        fixed = [rule for rule in self.recipe.rules if rule.format != AUTO]
+        # First, since no other rule decided about these layers.
+        recipe = replace(self.recipe, description=words, rules=(*rules, *fixed))
+        return recipe, chosen.reasons, self._plan(recipe)
+
+    def _plan(self, recipe: Recipe) -> Conversion:
+        from shared.quant.convert import plan_conversion
+
+        return plan_conversion(self.model, recipe, self.known, gguf=self.request.output.suffix.lower() == ".gguf")
+
+    def _in_svdq(self, kind: str) -> _Choice | None:
+        """What can be had in a file of SVDQ layers of one kind, and plain ones; None where the recipe forbids that."""
+        usual = Recipe.load(self.family.RECIPES / f"{kind}.json", [*self.known, "bf16", "fp16"])
+        opened = self._plan(_opened(self.recipe, is_gguf=False))
+        names = [name for job in opened.jobs for name in job.place.official if self._is_open(name)]
+        packed = [name for name in names if usual.format_of(name) == kind]
+        rules = [Rule(re.compile(re.escape(name)), kind if name in packed else KEPT) for name in names]
+        fixed = [rule for rule in self.recipe.rules if rule.format != AUTO]
+        try:
+            return self._among((kind, KEPT), replace(self.recipe, rules=(*rules, *fixed)), only=packed)
+        except UserError:
+            return None  # other formats are fixed for other layers, or sizes do not divide
+
+    @property
+    def _size(self) -> str:
+        return f"{self.request.target_size / 1e6:,.1f} MB"
+
+    def _is_open(self, name: str) -> bool:
+        return self.recipe.format_of(name) == AUTO
+
+    def _among(self, names: Sequence[str], opened: Recipe, only: Sequence[str] | None = None) -> _Choice:
+        """Choose among these formats. opened: the recipe with the smallest where it says "auto".
+
+        only: of the open layers those that may be packed; None is all.
+        """
+        from shared.quant.convert import expected_bytes
+        from shared.quant.sensitivity import choose, probe
+
+        conversion = self._plan(opened)
+        formats = {name: self.known.get(name) for name in names}
+        layers = []
+        for job in conversion.jobs:
+            first = job.place.official[0]
+            if job.target and self._is_open(first) and (only is None or first in only):
+                self.on_progress(0, conversion.numbers, f"Trying {', '.join(names)} on {job.place.module}")
+                layers.append(probe(job, formats, self.means))
+        rank = self.means.rank if conversion.has_rank else None
+        header = self.family.header(conversion.naming, {}, self.model.config, rank)
+        # All that is not chosen for: the file with the smallest formats, without them.
+        smallest = sum(min(c.bytes for c in layer.candidates) for layer in layers)
+        rest = expected_bytes(conversion, header, self.means.rank) - smallest
+        fits = rest + smallest <= self.request.target_size
+        return _Choice(layers, choose(layers, self.request.target_size - rest) if fits else {}, rest + smallest, fits)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What was found for each layer among some formats; nothing where the size does not allow it."""
+
+    layers: Sequence[Sensitivity]
+    found: Mapping[str, Candidate]
+    smallest: int  # bytes of the smallest file
+    fits: bool
+
+    @property
+    def error(self) -> float:
+        """Sum of squared errors; a matrix that stacks several counts as often."""
+        return sum(len(layer.names) * self.found[layer.name].error ** 2 for layer in self.layers)
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Format by the name that recipes have."""
+        return {name: self.found[layer.name].format for layer in self.layers for name in layer.names}
+
+    @property
+    def reasons(self) -> list[Chosen]:
+        return [
+            Chosen(
+                layer=layer.name,
+                format=self.found[layer.name].format,
+                kurtosis=layer.kurtosis,
+                peak=layer.peak,
+                errors={candidate.format: candidate.error for candidate in layer.candidates},
+            )
+            for layer in self.layers
+        ]
 
 
 def _recipe_path(output: Path) -> Path:
@@ -403,20 +494,30 @@ def _mean(errors: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _preset_like(ctx: AppContext, request: QuantizeRequest) -> Preset:
+def _preset_like(ctx: AppContext, request: QuantizeRequest, kind: str) -> Preset | None:
+    """The preset named, else the one that uses the source file; None for a ControlNet that no preset uses."""
+    return _plain_or_like(ctx, request) if kind != CONTROL or request.like else _user_of(ctx, request, kind)
+
+
+def _plain_or_like(ctx: AppContext, request: QuantizeRequest) -> Preset:
     """The preset named, else the one that uses the source file, else the plain Turbo model's."""
     if request.like:
         return ctx.presets.get(request.like)
+    return _user_of(ctx, request, "transformer") or ctx.presets.get("z_image")
+
+
+def _user_of(ctx: AppContext, request: QuantizeRequest, kind: str) -> Preset | None:
+    """The first preset whose transformer, or whose module, the source file is."""
     source = request.source.resolve()
 
     def uses_source(preset: Preset) -> bool:
-        found = (ctx.files.find(url) for url in preset.urls)
-        return any(path is not None and path.resolve() == source for path in found)
+        urls = [url for module in preset.modules for url in module] if kind == CONTROL else preset.urls
+        return any(path is not None and path.resolve() == source for path in map(ctx.files.find, urls))
 
-    return next((p for p in ctx.presets.presets.values() if uses_source(p)), None) or ctx.presets.get("z_image")
+    return next((preset for preset in ctx.presets.presets.values() if uses_source(preset)), None)
 
 
-def _register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: Recipe) -> str:
+def _register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: Recipe, kind: str) -> str:
     """Write a preset for the new file into finetunes/; returns its id."""
     merged: dict[str, Any] = {"model": {}}
     for path in like.files:
@@ -426,13 +527,14 @@ def _register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: R
     merged["model"] |= {
         "name": f"{like.name}, {recipe.path.stem}",
         "description": f"Converted from {request.source.name} by the recipe {recipe.path.stem}.",
-        "URLs": [url],
+        **({"modules": [[url]]} if kind == CONTROL else {"URLs": [url]}),
     }
     base = re.sub(r"[^a-z0-9]+", "_", request.output.stem.lower()).strip("_") or "converted"
     folder = ctx.root / FINETUNES
     folder.mkdir(exist_ok=True)
     names = [base, *(f"{base}_{number}" for number in range(2, 1000))]
-    preset_id = next(n for n in names if n not in ctx.presets.presets or ctx.presets.presets[n].urls == (url,))
+    known = {name: ((*p.urls,), *p.modules) for name, p in ctx.presets.presets.items()}
+    preset_id = next(name for name in names if name not in known or (url,) in known[name])
     _write_json(folder / f"{preset_id}.json", merged)
     return preset_id
 

@@ -286,7 +286,7 @@ def name_room(conversion: Conversion) -> tuple[int, int]:
 def sampled(job: Job, formats: Mapping[str, Target | None], means: Means, rows: int) -> tuple[Tensor, dict[str, float]]:
     """About `rows` rows of a job's weight, float32, and the relative error of each format (None: plain) on them.
 
-    Of the outputs where inputs are known, else of the weight.
+    Of the outputs where inputs are known, else of the weight. Formats with a rank are tried on all rows.
     """
     whole = _rows(job, "weight")
     weight = whole[:: -(-len(whole) // rows)].float()
@@ -297,14 +297,18 @@ def sampled(job: Job, formats: Mapping[str, Target | None], means: Means, rows: 
         if target is None:
             errors[name] = 0.0
             continue
-        made = target.quantize(weight, 1, means.rank, inputs=inputs)
-        of_weight, of_outputs = _errors(weight, made, replace(part, format=name, target=target), inputs)
+        tried, shown = (whole.float(), job) if target.has_rank else (weight, part)
+        made = target.quantize(tried, len(job.place.blocks) if target.has_rank else 1, means.rank, inputs=inputs)
+        of_weight, of_outputs = _errors(tried, made, replace(shown, format=name, target=target), inputs)
         errors[name] = of_weight if of_outputs is None else of_outputs
     return weight, errors
 
 
-def expected_bytes(conversion: Conversion, metadata: Mapping[str, str]) -> int:
-    """The size of the new file, from shapes alone. Raises UserError for a format whose size is not known beforehand."""
+def expected_bytes(conversion: Conversion, metadata: Mapping[str, str], rank: int = 0) -> int:
+    """The size of the new file, from shapes alone. rank: of SVDQuant's branches.
+
+    Raises UserError for a format whose size is not known beforehand.
+    """
     from shared.quant.safetensors_writer import header_bytes
     from shared.quant.sensitivity import bytes_of
 
@@ -313,7 +317,7 @@ def expected_bytes(conversion: Conversion, metadata: Mapping[str, str]) -> int:
     for job in conversion.jobs:
         for suffix, shape in job.shapes.items():
             if suffix == "weight" and len(shape) == 2:
-                total += bytes_of(job.format, job.target, *shape)
+                total += bytes_of(job.format, job.target, shape[0], shape[1], rank)
             else:
                 total += prod(shape) * (4 if gguf else 2)
     # GGUF's header is as long as what it holds; its names are the most of it.

@@ -1,6 +1,7 @@
 """Which layer gets which format, under a size: the recipe entry "auto".
 
-Every layer that is to be chosen for is tried in each format, on a sample of its rows. What counts is the relative error
+Every layer that is to be chosen for is tried in each format, on a sample of its rows (whole in SVDQuant, whose branch
+would hold more of a few rows than of all). What counts is the relative error
 of its outputs: on inputs it was seen to take, where there are any, else on random ones that are normal and independent,
 for which that error is the weight's own. The choice is the one that makes the sum of squared errors of all layers
 least: from the smallest format on, the step that buys most for a byte is taken next, for as long as the size allows.
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 
-# What "auto" chooses among. Of GGUF types all; they go into a .gguf file only.
+# What "auto" chooses among: the formats that can stand in one file, the smallest first. SVDQuant stands alone, and
+# takes long to try: it is asked where the others leave layers at 4 bits. GGUF types go into a .gguf file only.
 SAFETENSORS_FORMATS = ("nvfp4", "mxfp8", "int8_comfy", "bf16")
+SVDQ_FORMATS = ("svdq_int4", "svdq_fp4")
 GGUF_FORMATS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
 
 _SAMPLED_ROWS = 1024
@@ -49,6 +52,7 @@ class Sensitivity:
     kurtosis: float
     peak: float
     candidates: tuple[Candidate, ...]
+    names: tuple[str, ...] = ()  # of all that one matrix holds, where a file stacks several
 
 
 def probe(job: Job, formats: Mapping[str, Target | None], means: Means) -> Sensitivity:
@@ -64,16 +68,23 @@ def probe(job: Job, formats: Mapping[str, Target | None], means: Means) -> Sensi
     rows, columns = job.shapes["weight"]
     others = 2 * (job.numbers - rows * columns)  # a bias
     found = tuple(
-        Candidate(name, others + bytes_of(name, target, rows, columns), tries[name]) for name, target in formats.items()
+        Candidate(name, others + bytes_of(name, target, rows, columns, means.rank), tries[name])
+        for name, target in formats.items()
     )
     kurtosis = fourth / variance**2 - 3 if variance else 0.0
-    return Sensitivity(job.place.official[0], kurtosis, float(numbers.abs().max()) / rms if rms else 0.0, found)
+    peak = float(numbers.abs().max()) / rms if rms else 0.0
+    return Sensitivity(job.place.official[0], kurtosis, peak, found, job.place.official)
 
 
-def bytes_of(name: str, target: Target | None, rows: int, columns: int) -> int:
-    """Bytes of a matrix in a format; None is plain, 16 bits. Raises UserError for a format that is not counted."""
+def bytes_of(name: str, target: Target | None, rows: int, columns: int, rank: int = 0) -> int:
+    """Bytes of a matrix in a format; None is plain, 16 bits. Raises UserError for a format that is not counted.
+
+    rank: of the formats that have one; 0 if it is not known.
+    """
     if target is None:
         return 2 * rows * columns
+    if target.ranked_bytes is not None and rank:
+        return target.ranked_bytes(rows, columns, rank)
     if target.bytes is None:
         raise UserError(
             f"The size of {name} layers is not known beforehand, so it cannot stand beside {AUTO}.",

@@ -37,7 +37,8 @@ class Target:
     """A packed format.
 
     columns: what the columns must be a multiple of. rows: the same. gguf: the GGUF type, "" for safetensors.
-    bytes: of a matrix (rows, columns), all tensors; None where nobody has to know before.
+    bytes: of a matrix (rows, columns), all tensors; None where nobody has to know before. ranked_bytes: the same of a
+    format with a rank, (rows, columns, rank).
     """
 
     naming: Naming
@@ -49,6 +50,7 @@ class Target:
     has_rank: bool = False
     has_learned_rounding: bool = False
     bytes: Callable[[int, int], int] | None = None
+    ranked_bytes: Callable[[int, int, int], int] | None = None
 
 
 def targets() -> Mapping[str, Target]:
@@ -74,8 +76,9 @@ def targets() -> Mapping[str, Target]:
             )
 
         return Target(
-            "nunchaku", quantize, svdq.SUFFIXES, rows=128, columns=128, has_rank=True, has_learned_rounding=True
-        )
+            "nunchaku", quantize, svdq.SUFFIXES, rows=128, columns=128, has_rank=True, has_learned_rounding=True,
+            ranked_bytes=partial(svdq.nbytes, kind),
+        )  # fmt: skip
 
     def to_gguf(kind: str) -> Target:
         block, block_bytes = gguf.BLOCKS[kind]

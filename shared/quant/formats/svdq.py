@@ -225,6 +225,15 @@ def _check_numbers(layer: Layer, packed: Mapping[str, Tensor]) -> None:
             raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
 
 
+def nbytes(kind: Kind, rows: int, columns: int, rank: int) -> int:
+    """Bytes of all tensors of a matrix; in fp4 some may be less, a scale for each row being the most there is."""
+    group = _GROUP[kind]
+    rank = -(-rank // _RANK_TILE) * _RANK_TILE
+    scales = rows * columns // group * (2 if kind == "int4" else 1)
+    vectors = 2 * 2 * columns + (0 if kind == "int4" else 2 * rows + 4)
+    return rows * columns // 2 + scales + vectors + 2 * rank * (rows + columns)
+
+
 def quantize(
     weight: Tensor,
     *,

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from models.z_image import lora
+from models.z_image import conversion, lora
 from models.z_image.config import TransformerConfig
 from models.z_image.control import ControlBranch, ControlSignal
 from models.z_image.control_config import ControlConfig, Refiner, release_of
@@ -21,8 +21,11 @@ from models.z_image.control_loader import plan_control, read_control_config
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from shared.quant.checkpoint import Checkpoint
+from shared.quant.convert import convert, convert_to_gguf, plan_conversion
 from shared.quant.errors import LayerMismatchError, UnknownFormatError
 from shared.quant.linear import PackedLinear
+from shared.quant.recipe import Recipe
+from shared.quant.targets import targets
 from tests.support.tiny_model import randomise, relative_error
 
 TOLERANCE = 1e-5  # sums of 1024 float32 products in another order differ by some 1e-7
@@ -332,3 +335,54 @@ def test_a_lora_reaches_the_transformer_and_leaves_the_branch_alone(
     assert relative_error(changed, before) > 1e-3
     assert hooked == ["layers.1.attention.qkv"]
     assert torch.equal(model(latents, time, captions, ControlSignal(context, 0.7)), before)
+
+
+@pytest.mark.parametrize(
+    ("release", "recipe", "name"),
+    [
+        ("2.1", "int8", "control_layers.0.attention.to_q.weight._data"),
+        ("2.0", "mxfp8", "control_layers.0.attention.to_q.weight"),
+        ("1.0", "q8_0", "control_layers.0.attention.to_q.weight"),
+        ("2.1-lite", "bf16", "control_noise_refiner.1.after_proj.bias"),
+    ],
+)
+def test_a_converted_branch_keeps_its_names_and_steers_the_same_way(
+    load: Callable[[str], Any], trunk_file: Path, tmp_path: Path, release: str, recipe: str, name: str
+) -> None:
+    whole, _ = load(release)
+    model = conversion.open_model(trunk_file.with_name(f"control_{release}.safetensors"))
+    known = targets()
+    chosen = Recipe.load(conversion.RECIPES / f"{recipe}.json", [*known, "bf16"])
+    gguf = recipe == "q8_0"
+    plan = plan_conversion(model, chosen, known, gguf=gguf)
+    output = tmp_path / ("branch.gguf" if gguf else "branch.safetensors")
+
+    if gguf:
+        reports = convert_to_gguf(plan, output, metadata={}, on_progress=lambda *_: None)
+    else:
+        metadata = conversion.header(plan.naming, plan.formats, model.config, None)
+        reports = convert(plan, output, rank=1, metadata=metadata, identity=1, on_progress=lambda *_: None)
+    packed = load_transformer([trunk_file, output], torch.float32)
+
+    assert name in Checkpoint.open(output).tensors
+    assert packed.control.config == whole.control.config
+    is_packed = any(isinstance(module, PackedLinear) for module in packed.control.modules())
+    assert is_packed == (recipe != "bf16")
+    assert len([r for r in reports if r.relative_error > 0]) > 5 or recipe == "bf16"
+    latents, time, captions, context = inputs(release)
+    plain = whole(latents, time, captions, None)
+    steered = whole(latents, time, captions, ControlSignal(context, 1.0)) - plain
+    ours = packed(latents, time, captions, ControlSignal(context, 1.0)) - plain
+    assert relative_error(ours, steered) < 0.08
+
+
+def test_a_truncated_branch_is_named_before_it_is_converted(
+    load: Callable[[str], Any], trunk_file: Path, tmp_path: Path
+) -> None:
+    load("2.1")
+    state = load_file(trunk_file.with_name("control_2.1.safetensors"))
+    del state["control_layers.1.feed_forward.w2.weight"]
+    save_file(state, tmp_path / "short.safetensors")
+
+    with pytest.raises(LayerMismatchError, match=r"layers\.1\.feed_forward\.w2\.weight"):
+        conversion.open_model(tmp_path / "short.safetensors")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import models
 from models.z_image import lora
+from models.z_image.control import ControlBranch
+from models.z_image.control_config import ControlConfig
 from models.z_image.loader import load_transformer, to_diffusers
 from models.z_image.transformer import ZImageTransformer
 from shared.app.context import AppContext
@@ -280,6 +282,27 @@ def test_auto_fills_the_size_it_is_given_and_says_why(
     assert again.read_bytes() == output.read_bytes()
 
 
+def test_auto_takes_svdquant_where_a_few_directions_are_all_that_4_bits_cannot_hold(ctx: AppContext) -> None:
+    path = ctx.root / "ckpts" / "mine.safetensors"
+    state = load_file(path)
+    linears = re.compile(r"(layers|noise_refiner|context_refiner)\.\d+\.(attention\.to|feed_forward)\S*\.weight")
+    for name, tensor in state.items():
+        if linears.fullmatch(name):  # a direction that every row has much of: it spends the range of each group
+            direction = torch.outer(torch.randn(len(tensor)), torch.randn(tensor.shape[1]))
+            state[name] = tensor + 2 * direction.bfloat16()
+    save_file(state, path)
+    output = ctx.root / "auto.safetensors"
+
+    size = f"{0.5 * source_bytes(ctx):.0f}B"
+    run(ctx, "--recipe", "auto", "--rank", "16", "--target-size", size, "--no-preset", "--output", str(output))
+
+    report = json.loads(Path(f"{output}.report.json").read_text())
+    assert set(report["layers"]) <= {"svdq_fp4", "svdq_int4", "bf16"}
+    assert report["layers"].keys() - {"bf16"}
+    assert report["expected_bytes"] == pytest.approx(output.stat().st_size, rel=0.01)
+    assert "--rank 16" in json.loads(Path(f"{output}.recipe.json").read_text())["description"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -305,3 +328,54 @@ def test_what_calibration_and_auto_cannot_do_is_said_before_anything_is_written(
         run(ctx, *arguments, "--output", "o.safetensors")
 
     assert sorted(ctx.root.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------ ControlNets
+
+
+@pytest.fixture
+def control_file(ctx: AppContext) -> Path:
+    """A ControlNet for the tiny model, in official names, with a preset that has it as its module."""
+    sizes = ControlConfig(places=(0, 15), in_channels=33, refiner="own", refiner_places=(0,))
+    branch = randomise(ControlBranch(TINY, sizes), 3)
+    state = {}
+    for name, tensor in branch.state_dict().items():
+        theirs = f"control_{name.replace('x_embedder', 'all_x_embedder.2-1')}"
+        halves = {theirs: tensor}
+        if ".w13." in name:
+            halves = dict(zip((theirs.replace("w13", "w1"), theirs.replace("w13", "w3")), tensor.chunk(2), strict=True))
+        state |= {key: half.to(torch.bfloat16).contiguous() for key, half in halves.items()}
+    path = ctx.root / "ckpts" / "control.safetensors"
+    save_file(state, path)
+    model = MODEL | {"architecture": "z_image_control2_1", "modules": [["control.safetensors"]]}
+    (ctx.root / "defaults" / "steered.json").write_text(json.dumps({"model": model}))
+    ctx.refresh_presets()
+    return path
+
+
+def convert_control(ctx: AppContext, source: Path, *arguments: str) -> int:
+    parser = build_parser(FAMILIES, "lora_root")
+    return quantize(ctx, parse_arguments(parser, ["quantize", str(source), *arguments]))
+
+
+def test_a_controlnet_becomes_a_module_of_a_preset_like_its_own(ctx: AppContext, control_file: Path) -> None:
+    output = ctx.root / "control_nvfp4.safetensors"
+
+    convert_control(ctx, control_file, "--format", "nvfp4", "--output", str(output))
+
+    preset = ctx.refresh_presets().get("control_nvfp4")
+    assert (preset.architecture, preset.modules) == ("z_image_control2_1", ((str(output),),))
+    assert preset.urls == ("mine.safetensors",)
+    assert Checkpoint.open(output).tensors["control_layers.1.attention.qkv.weight"].dtype == "U8"
+    assert Checkpoint.open(output).tensors["control_layers.1.after_proj.weight"].dtype == "BF16"
+
+
+@pytest.mark.parametrize("flag", [("--merge-lora", "x.safetensors"), ("--error-lora", "8"), ("--calibrate", "2")])
+def test_what_takes_a_transformer_is_refused_for_a_controlnet(
+    ctx: AppContext, control_file: Path, flag: tuple[str, str]
+) -> None:
+    save_file({"x": torch.ones(1)}, ctx.root / "x.safetensors")
+    given = (flag[0], str(ctx.root / flag[1])) if flag[0] == "--merge-lora" else flag
+
+    with pytest.raises(UserError, match=f"{flag[0]} is for transformers, and control.safetensors is a ControlNet"):
+        convert_control(ctx, control_file, "--format", "int8", *given, "--output", str(ctx.root / "o.safetensors"))

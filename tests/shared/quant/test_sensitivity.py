@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from shared.quant.errors import UserError
-from shared.quant.sensitivity import GGUF_FORMATS, SAFETENSORS_FORMATS, Candidate, Sensitivity, bytes_of, choose
+from shared.quant.sensitivity import (
+    GGUF_FORMATS,
+    SAFETENSORS_FORMATS,
+    SVDQ_FORMATS,
+    Candidate,
+    Sensitivity,
+    bytes_of,
+    choose,
+)
 from shared.quant.targets import targets
 
 
@@ -68,6 +76,18 @@ def test_sizes_by_arithmetic_are_those_of_the_tensors(name: str, shape: tuple[in
     else:
         made = target.quantize(torch.randn(shape).bfloat16(), 1, 0)
         assert counted == pytest.approx(sum(t.numel() * t.element_size() for t in made.values()), abs=60)
+
+
+@pytest.mark.parametrize("name", SVDQ_FORMATS)
+@pytest.mark.parametrize("parts", [1, 3])
+def test_sizes_of_ranked_formats_are_those_of_the_tensors_at_most(name: str, parts: int) -> None:
+    target = targets()[name]
+
+    counted = bytes_of(name, target, 384, 256, 40)
+
+    made = target.quantize(torch.randn(384, 256).bfloat16(), parts, 40)
+    real = sum(t.numel() * t.element_size() for t in made.values())
+    assert real <= counted <= real + 2 * 384 + 4
 
 
 def test_a_format_whose_size_is_not_known_is_refused() -> None:
