@@ -103,6 +103,8 @@ def block_factors(block: Block, time_RT: Tensor | None, *, exact: bool, apart: b
     norms = [block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2]
     attention1, attention2, ffn1, ffn2 = (norm_weight(norm) for norm in norms)
     heads = norm_weight(block.attention.q_norm), norm_weight(block.attention.k_norm)
+    if apart:  # kept beyond this forward, while an offloader may put another block's weights in this place
+        heads = heads[0].clone(), heads[1].clone()
     if time_RT is None:
         return [Factors(attention1, None, attention2, None, ffn1, None, ffn2, None, *heads, exact)]
     four_RD = block.adaLN_modulation(time_RT)
@@ -113,6 +115,8 @@ def block_factors(block: Block, time_RT: Tensor | None, *, exact: bool, apart: b
     rows = len(time_RT)
     if exact or not (apart or rows == 1):
         parts = [factor.to(dtype) for factor in factors]
+        if apart:
+            attention1, attention2, ffn1, ffn2 = (w.clone() for w in (attention1, attention2, ffn1, ffn2))
         chunks = [part.split(1) if apart else (part,) for part in parts]
         return [
             Factors(attention1, sa, attention2, ga, ffn1, sf, ffn2, gf, *heads, exact)
