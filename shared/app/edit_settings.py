@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from shared.app.pictures import FITS
-from shared.preprocess import PREPROCESSORS, RAW, require_known
+from shared.preprocess import FILES, PREPROCESSORS, RAW, require_known
 from shared.quant.errors import UserError
 
 SIDES = ("left", "top", "right", "bottom")
@@ -39,10 +39,11 @@ class EditSettings:
     """What to draw from. Field names are settings keys, Wan2GP's where it has one; "" is no picture.
 
     image_start: picture to change. image_mask: white is repainted. image_guide: picture for the ControlNet.
-    control_preprocessor: what it is turned into. control_start, control_end: shares of the steps in which it counts.
-    mask_expand: pixels by which the mask grows, below 0 shrinks. mask_feather: pixels over which its edge fades out,
-    beyond that. inpaint_area: one of AREAS, what the model is shown. image_fit: one of FITS, for pictures of another
-    shape than the drawing.
+    image_refs: pictures to go by, for Omni and Edit models.
+    control_preprocessor: what image_guide is turned into. control_start, control_end: shares of the steps in which it
+    counts. mask_expand: pixels by which the mask grows, below 0 shrinks. mask_feather: pixels over which its edge fades
+    out, beyond that. inpaint_area: one of AREAS, what the model is shown. image_fit: one of FITS, for pictures of
+    another shape than the drawing.
     outpaint: margins to draw around the picture, "left=128,bottom=64".
     hires_scale, hires_strength: a second pass over the enlarged drawing. tile_scale: enlarge image_start that much,
     drawing it tile by tile.
@@ -51,6 +52,7 @@ class EditSettings:
     image_start: str = ""
     image_mask: str = ""
     image_guide: str = ""
+    image_refs: tuple[str, ...] = ()
     control_preprocessor: str = RAW
     control_start: float = 0.0
     control_end: float = 1.0
@@ -70,6 +72,7 @@ class EditSettings:
         if "control_preprocessor" not in chosen:
             chosen["control_preprocessor"] = _from_letters(str(values.get("video_prompt_type") or ""))
         chosen = {key: int(value) if key.startswith("mask_") else value for key, value in chosen.items()}
+        chosen["image_refs"] = tuple(chosen.get("image_refs", ()))
         edit = cls(**chosen)
         edit._check()
         return edit
@@ -88,7 +91,7 @@ class EditSettings:
         """What redraws the picture, and Wan2GP's letters for the control picture; {} where nothing is asked."""
         if self == EditSettings():
             return {}
-        record = {key: value for key, value in asdict(self).items() if value != ""}
+        record = {key: value for key, value in asdict(self).items() if value not in ("", ())}
         if self.image_guide or self.image_mask:
             letters = _LETTERS.get(self.control_preprocessor, "") if self.image_guide else ""
             record["video_prompt_type"] = f"{letters}V{'A' if self.image_mask else ''}"
@@ -149,8 +152,9 @@ def parse_control(text: str) -> tuple[str, str]:
 
 
 def preprocessor_choices() -> list[tuple[str, str]]:
-    """(what it shows, name) of every preprocessor, for a list to choose from."""
-    return [(f"{words.capitalize()} ({name})", name) for name, words in PREPROCESSORS.items()]
+    """(what it shows and what is downloaded for it, name) of every preprocessor, for a list to choose from."""
+    sizes = {name: f", {sum(file.megabytes for file in files):.0f} MB" for name, files in FILES.items()}
+    return [(f"{words.capitalize()} ({name}{sizes.get(name, '')})", name) for name, words in PREPROCESSORS.items()]
 
 
 def _from_letters(letters: str) -> str:

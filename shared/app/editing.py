@@ -36,6 +36,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow
 CONTEXT = 0.25  # what is shown around a mask, as a share of its longer side
 MIN_CONTEXT = 32  # pixels
 MAX_ZOOM = 2  # a small mask's surroundings are enlarged at most so much; beyond, the network sees too little around
+REFERENCES = "image_refs"
 INPUTS = "inputs"  # folder below the pictures' own, for copies of what was given
 TILE_OVERLAP = 64  # pixels by which neighbouring tiles overlap at least
 
@@ -43,6 +44,7 @@ TILE_OVERLAP = 64  # pixels by which neighbouring tiles overlap at least
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pass:
     """One drawing the model is asked for. start, control: RGB at its size; mask: "L", 0 or 255, at its size.
+    references: RGB of any size.
 
     strength: share of the steps, for `start`. window: shares of the steps in which control counts.
     seed: added to the picture's seed, so that tiles differ.
@@ -53,6 +55,7 @@ class Pass:
     start: Image.Image | None = None
     mask: Image.Image | None = None
     control: Image.Image | None = None
+    references: tuple[Image.Image, ...] = ()
     strength: float = 1.0
     window: tuple[float, float] = (0.0, 1.0)
     seed: int = 0
@@ -70,6 +73,8 @@ class Pass:
             keywords["input_masks"] = (_to_tensor(self.mask) > 0).float()
         if self.control is not None:
             keywords["input_frames"] = _to_tensor(self.control)[:, None]
+        if self.references:
+            keywords["input_ref_images"] = list(self.references)
         if self.window != (0, 1):
             keywords["control_start"], keywords["control_end"] = self.window
         return keywords
@@ -82,8 +87,8 @@ Draw = Callable[[Pass], "Image.Image"]
 class Edit:
     """The given pictures, read and checked. notes: what had to be decided about them, in words.
 
-    sources: settings key -> the file it was read from. preprocessor: makes what a ControlNet is shown; one with a model
-    of its own must be given by `with_preprocessor`.
+    sources: settings key -> the file it was read from, "image_refs 1" and so on for references.
+    preprocessor: makes what a ControlNet is shown; one with a model of its own must be given by `with_preprocessor`.
     """
 
     settings: GenerationSettings
@@ -92,6 +97,7 @@ class Edit:
     picture: Image.Image | None = None
     mask: Image.Image | None = None
     guide: Image.Image | None = None
+    references: tuple[Image.Image, ...] = ()
     notes: tuple[str, ...] = ()
     sources: Mapping[str, Path] = field(default_factory=dict)
     preprocessor: Preprocessor = field(default_factory=lambda: Preprocessor(RAW))
@@ -105,19 +111,28 @@ class Edit:
         """Settings key -> SHA-256 of the file."""
         return {key: sha256_of(path) for key, path in self.sources.items()}
 
-    def keep_sources(self, folder: Path) -> dict[str, str]:
+    def keep_sources(self, folder: Path) -> dict[str, Any]:
         """Copy the given files into `folder`/inputs, each once, named by its content; settings key -> the copy's name
-        below `folder`. A record with these draws the picture again, and does not tell where its maker keeps files.
+        below `folder`, a list of names for image_refs. A record with these draws the picture again, and does not tell
+        where its maker keeps files.
 
         Raises RunError when the disk refuses.
         """
-        names = {}
+        names: dict[str, Any] = {}
         for key, path in self.sources.items():
             name = f"{INPUTS}/{sha256_of(path)[:16]}{path.suffix.lower()}"
             if not (folder / name).is_file():
                 _copy(path, folder / name)
-            names[key] = name
+            if key.startswith(REFERENCES):
+                names.setdefault(REFERENCES, []).append(name)
+            else:
+                names[key] = name
         return names
+
+    @property
+    def prompt_kwargs(self) -> dict[str, Any]:
+        """Those keywords of `generate` that have a part in how the prompt is encoded."""
+        return {"input_ref_images": list(self.references)} if self.references else {}
 
     @property
     def passes(self) -> int:
@@ -279,7 +294,7 @@ class Edit:
 
     def _pass(self, size: tuple[int, int], **parts: Any) -> Pass:
         window = (self._edit.control_start, self._edit.control_end)
-        return Pass(width=size[0], height=size[1], window=window, **parts)
+        return Pass(width=size[0], height=size[1], window=window, references=self.references, **parts)
 
     def _control(self, size: tuple[int, int], box: Box | None = None) -> Image.Image | None:
         """The control picture at `size`; of one that lies over the given picture, the part in the box."""
@@ -321,6 +336,7 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
         )
     paths = {key: getattr(edit, key) for key in ("image_start", "image_mask", "image_guide")}
     sources = {key: _find(path, folder) for key, path in paths.items() if path}
+    sources |= {f"{REFERENCES} {i}": _find(path, folder) for i, path in enumerate(edit.image_refs, start=1)}
     notes: list[str] = []
     picture = mask = guide = None
     if "image_start" in sources:
@@ -335,6 +351,12 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
         given = open_picture(sources["image_guide"], "the control picture")
         guide = given.image
         notes += given.notes
+    given_references = [
+        open_picture(path, f"reference picture {key.removeprefix(REFERENCES).strip()}")
+        for key, path in sources.items()
+        if key.startswith(REFERENCES)
+    ]
+    notes += [note for given in given_references for note in given.notes]
     if picture is not None and not edit.is_inpainting and settings.denoising_strength == 1:
         if edit.tile_scale > 1 and not has_control:
             raise UserError(
@@ -349,6 +371,7 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
         picture=picture,
         mask=mask,
         guide=guide,
+        references=tuple(given.image for given in given_references),
         notes=tuple(notes),
         sources=sources,
         preprocessor=Preprocessor(edit.control_preprocessor),

@@ -15,7 +15,7 @@ HOST_SETTING_KEYS = frozenset(
     client_id config control_net_weight2 control_net_weight_alt custom_guide custom_settings
     duration_seconds embedded_guidance_scale film_grain_intensity film_grain_saturation force_fps
     frames_positions guidance2_scale guidance3_scale guidance_phases image_end
-    image_mode image_prompt_type image_refs image_refs_relative_size input_video_strength
+    image_mode image_prompt_type image_refs_relative_size input_video_strength
     keep_frames_video_guide keep_frames_video_source keep_intermediate_sliding_windows lset_name
     masking_strength min_frames_if_references model_mode model_switch_phase motion_amplitude
     multi_images_gen_type output_filename override_attention override_profile

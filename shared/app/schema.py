@@ -189,6 +189,7 @@ SETTING_KEYS: Mapping[str, Key] = {
     "hires_strength": Key(NUMBER, "denoising strength of the second pass, 0 to 1", 0.5),
     "tile_scale": Key(NUMBER, "enlarge the picture so many times, drawing it tile by tile; 1 does not", 1.0),
     "image_guide": Key(TEXT, "control image, for presets with a ControlNet", ""),
+    "image_refs": Key(TEXT_LIST, "pictures to go by, for Omni and Edit models", ()),
     "control_preprocessor": Key(TEXT, "what the control image is turned into: raw, canny, ...", None),
     "control_net_weight": Key(NUMBER, "strength of the control image", 1.0),
     "control_start": Key(NUMBER, "share of the steps after which the control image counts, 0 to 1", 0.0),

@@ -369,7 +369,7 @@ class _Run:
         began = time.perf_counter()
         self._stage = "load"
         self._tile = None if plan.placement is None else plan.placement.tile
-        orders = [settings.host_kwargs() for settings in self._alone]
+        orders = [settings.host_kwargs() | edit.prompt_kwargs for settings in self._alone]
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)), orders)
         self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
         self._loras = [match.as_dict() for match in model.lora_matches]

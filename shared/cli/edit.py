@@ -38,6 +38,9 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         help="control picture, for presets with a ControlNet; as it is, or turned into canny, scribble, lineart, gray, "
         "blur or tile, or by a model that is downloaded first (59 to 351 MB) into depth, pose or hed",
     )
+    group.add_argument(
+        "--reference", metavar="IMAGE", action="append", help="picture to go by, for Omni and Edit models; repeatable"
+    )
     group.add_argument("--control-weight", metavar="F", type=float, help="how strongly the control picture steers")
     group.add_argument(
         "--control-preview",
@@ -54,6 +57,7 @@ def edit_overrides(args: argparse.Namespace, others: Mapping[str, Any]) -> dict[
         "outpaint": args.outpaint,
         "denoising_strength": args.denoising_strength,
         "control_net_weight": args.control_weight,
+        "image_refs": args.reference,
     }
     if args.control:
         overrides["image_guide"], overrides["control_preprocessor"] = args.control

@@ -133,6 +133,17 @@ def test_a_prompt_that_is_refused_stops_the_whole_queue_before_it_draws(root: Pa
     assert not any(isinstance(event, StepDone) for event in events)
 
 
+def test_what_is_cut_is_told_also_for_a_prompt_that_was_encoded_ahead(root: Path) -> None:
+    events: list[Event] = []
+
+    draw(new_run(root), "x" * 600, events, long_prompt="cut")
+    remembered: list[Event] = []
+    draw(new_run(root), "x" * 600, remembered, long_prompt="cut")
+
+    for heard in (events, remembered):
+        assert any(isinstance(event, Status) and "was cut to 512" in event.text for event in heard)
+
+
 def test_with_the_cache_off_nothing_is_kept(root: Path, encoder_loads: list[Path]) -> None:
     for _ in range(2):
         draw(new_run(root, prompt_cache=0), "a red fox")

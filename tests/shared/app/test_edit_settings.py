@@ -19,7 +19,8 @@ def test_a_record_reads_back_as_the_same_settings() -> None:
     edit = EditSettings.build(
         {
             "image_start": "a.png", "image_mask": "m.png", "image_guide": "c.png", "control_preprocessor": "canny",
-            "control_start": 0.1, "control_end": 0.7, "mask_expand": 3, "mask_feather": 0, "inpaint_area": "whole",
+            "control_start": 0.1, "control_end": 0.7, "image_refs": ["r.png", "s.png"],
+            "mask_expand": 3, "mask_feather": 0, "inpaint_area": "whole",
         }
     )  # fmt: skip
 

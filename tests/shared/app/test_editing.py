@@ -248,6 +248,27 @@ def test_a_control_window_reaches_the_model(studio: Studio) -> None:
     assert (keywords["control_start"], keywords["control_end"]) == (0.2, 0.6)
 
 
+def test_references_reach_every_drawing_as_they_are(studio: Studio) -> None:
+    pictures = [noise_picture(50, 80, seed=1), noise_picture(30, 20, seed=2)]
+    paths = tuple(studio.put(f"{i}.png", picture) for i, picture in enumerate(pictures))
+
+    edit = studio.open(image_refs=paths, hires_scale=2.0)
+    edit.draw(studio.draw)
+
+    assert len(studio.asked) == 2
+    for asked in studio.asked:
+        shown = [np.asarray(image) for image in asked.host_kwargs()["input_ref_images"]]
+        assert all(np.array_equal(one, np.asarray(given)) for one, given in zip(shown, pictures, strict=True))
+    assert edit.prompt_kwargs["input_ref_images"] == list(edit.references)
+
+
+def test_a_reference_that_is_not_there_is_named(studio: Studio) -> None:
+    path = studio.put("a.png", noise_picture(8, 8))
+
+    with pytest.raises(UserError, match=r"gone\.png: reference picture 2 is not there"):
+        studio.open(image_refs=(path, "gone.png"))
+
+
 def test_no_control_picture_is_no_preview(studio: Studio) -> None:
     with pytest.raises(UserError, match="no control picture to preview"):
         studio.open().control_preview()

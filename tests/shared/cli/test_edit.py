@@ -25,10 +25,11 @@ def overrides(parser: Any, *flags: str) -> dict[str, Any]:
 def test_the_flags_become_settings(parser: Any) -> None:
     asked = overrides(
         parser, "--image", "a.png", "--mask", "m.png", "--outpaint", "left=8", "--denoising-strength", "0.4",
-        "--control", "c.png:canny", "--control-weight", "0.9",
+        "--control", "c.png:canny", "--control-weight", "0.9", "--reference", "r.png", "--reference", "s.png",
     )  # fmt: skip
 
     assert asked == {
+        "image_refs": ["r.png", "s.png"],
         "prompt": "a fox", "image_start": "a.png", "image_mask": "m.png", "outpaint": "left=8",
         "denoising_strength": 0.4, "image_guide": "c.png", "control_preprocessor": "canny", "control_net_weight": 0.9,
     }  # fmt: skip
