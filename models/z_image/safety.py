@@ -157,6 +157,11 @@ class Safeguard:
         self._plain_attention = "attention" in remembered
         self.on = {"attention": _PLAIN_ATTENTION} if self._plain_attention else {}
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the plain way is to be taken wherever a quicker one has been found."""
+        return self._plain_attention
+
     def computing(self) -> AbstractContextManager[object]:
         """Put this around whatever computes with attention."""
         return sdpa_kernel(SDPBackend.MATH) if self._plain_attention else nullcontext()
