@@ -8,6 +8,9 @@ the branch is added in whichever order takes fewer multiplications:
 
 Both are at most what `dequantize` spends, N K R, and in the activations' type, where that one has to use float32.
 For N = K = 3840 they are equal at T = 1920; for the feed-forward's 20480 x 3840 at T = 3233.
+
+FP4's scales are 8-bit floats, a type that Apple GPUs cannot even hold. There they are kept in bfloat16, which has all
+of their numbers; every other packing keeps such numbers as bytes from the beginning.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from shared.quant.kernels import Kernel, register
+from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Svdq
 
 if TYPE_CHECKING:
@@ -48,4 +52,26 @@ def _refuse(layer: PackedLinear, _device: torch.device) -> str | None:
     return None if isinstance(layer.packing, Svdq) else "its codes lie in another kernel's tiles"
 
 
+def _refuse_widening(layer: PackedLinear, device: torch.device) -> str | None:
+    if device.type != "mps":
+        return f"is for devices without 8-bit floats, the device is {device.type}"
+    return _refuse(layer, device) or (None if _has_float8(layer.packed) else "there is no 8-bit float in it")
+
+
+def _has_float8(packed: Packed) -> bool:
+    return any(tensor.dtype == torch.float8_e4m3fn for tensor in packed.tensors.values())
+
+
+def _widened(packed: Packed) -> Packed:
+    """The same numbers with scales of 16 bits."""
+    tensors = {n: t.to(torch.bfloat16) if t.dtype == torch.float8_e4m3fn else t for n, t in packed.tensors.items()}
+    return Packed(packed.packing, packed.shape, tensors)
+
+
+register(
+    Kernel(
+        name="svdq-split-wide", packing="svdq", compute="bf16", priority=15, refuse=_refuse_widening, run=_run,
+        arrange=_widened,
+    )
+)  # fmt: skip
 register(Kernel(name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run))

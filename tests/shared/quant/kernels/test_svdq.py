@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared.quant.kernels import Kernel, available
+from shared.quant.kernels import Kernel, available, select
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Kind, Svdq
@@ -50,7 +50,7 @@ def test_in_16_bits_it_errs_little_more_than_dequantizing(kind: Kind, tokens: in
     layer = make_layer(kind, dtype)
     x = torch.randn(tokens, COLUMNS, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = x.double() @ layer.packed.dequantize(torch.float32).double().t() + layer.bias.double()
-    split, dequantize = (k for k in available("svdq") if k.compute == "bf16" and not k.tried)
+    split, dequantize = (k for k in available("svdq") if k.compute == "bf16" and not (k.tried or k.arrange))
 
     errors = [float((k.run(layer, x).double() - expected).norm() / expected.norm()) for k in (split, dequantize)]
 
@@ -67,7 +67,7 @@ def addmm_flops(_result: torch.Size, one: torch.Size, other: torch.Size, **_othe
 def test_it_takes_no_more_multiplications_than_dequantizing(tokens: int) -> None:
     layer = make_layer("int4", torch.float32)
     x = torch.ones(tokens, COLUMNS)
-    split, dequantize = (k for k in available("svdq") if k.compute == "bf16" and not k.tried)
+    split, dequantize = (k for k in available("svdq") if k.compute == "bf16" and not (k.tried or k.arrange))
 
     def flops(kernel: Kernel) -> int:
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
@@ -76,3 +76,30 @@ def test_it_takes_no_more_multiplications_than_dequantizing(tokens: int) -> None
 
     assert flops(dequantize) == 2 * ROWS * COLUMNS * (tokens + RANK)
     assert flops(split) <= flops(dequantize)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_an_apple_gpu_is_given_no_8_bit_float(kind: Kind) -> None:
+    layer = make_layer(kind, torch.bfloat16)
+    x = torch.randn(3, COLUMNS).bfloat16()
+    expected, weight = layer(x), layer.dequantize()
+    device = torch.device("mps")
+
+    selection = select(layer, device)
+    layer.use(selection.kernel, device)
+
+    assert selection.kernel.name == {"fp4": "svdq-split-wide", "int4": "svdq-split"}[kind]
+    refusals = {r.kernel: r.reason for r in selection.refusals}
+    assert "the device is mps" in refusals["nunchaku"]
+    assert refusals["comfy-svdq"]
+    assert not any(buffer.dtype.is_floating_point and buffer.itemsize == 1 for buffer in layer.buffers())
+    assert torch.equal(layer.dequantize(), weight)
+    assert torch.equal(selection.kernel.run(layer, x), expected)
+
+
+def test_elsewhere_fp4_keeps_its_8_bit_scales() -> None:
+    layer = make_layer("fp4", torch.bfloat16)
+
+    refusals = {r.kernel: r.reason for r in select(layer, torch.device("cpu")).refusals}
+
+    assert "the device is cpu" in refusals["svdq-split-wide"]
