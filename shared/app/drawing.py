@@ -2,7 +2,7 @@
 
 `draw` works in this process, `draw_elsewhere` in one of its own: memory that one model has taken then says nothing
 about the next, and a model that does not fit takes only its own process down. On Linux such processes are copies of one
-that has imported what drawing takes (five to ten seconds) and done nothing else.
+that has imported what drawing takes, which takes seconds, and done nothing else.
 """
 
 from __future__ import annotations
@@ -32,11 +32,8 @@ _IMPORTS = (
     "torch",
     "shared.app.drawing",
     "shared.app.session",
-    "diffusers.models.autoencoders.autoencoder_kl",
-    "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.auto.tokenization_auto",
     "models.z_image.z_image_main",
-    "models.z_image.safety",
 )
 
 
