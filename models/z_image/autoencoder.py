@@ -16,6 +16,7 @@ where the untiled decode holds all of it and the convolution's workspace on the 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.z_image.cpu_attention import multiplies_bfloat16
 from models.z_image.vae import Autoencoder, VaeConfig
 from models.z_image.vae_names import diffusers_names
 from shared.quant.checkpoint import Checkpoint, TensorInfo
@@ -84,16 +86,38 @@ def encode(vae: Autoencoder, pictures: Tensor) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode(vae: Autoencoder, latents: Tensor, tile: int = 0) -> Tensor:
+def decode(vae: Autoencoder, latents: Tensor, tile: int = 0, quick: Module | None = None) -> Tensor:
     """Normalised latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) float32 in [-1, 1].
 
     tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only.
+    quick: what quick_decoder() made of the VAE, to decode with instead.
     """
     dtype = next(vae.parameters()).dtype
     z = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
     whole = not tile or max(latents.shape[-2:]) <= tile
-    picture = vae.decode(z) if whole else decode_tiled(vae.decoder, vae.before_decoder(z), tile)
+    if quick is not None:
+        z = vae.before_decoder(z).to(quick.conv_in.weight.dtype)
+        picture = quick(z) if whole else decode_tiled(quick, z, tile)
+    else:
+        picture = vae.decode(z) if whole else decode_tiled(vae.decoder, vae.before_decoder(z), tile)
     return picture.float().clamp(-1, 1)
+
+
+def quick_decoder(vae: Autoencoder) -> Module | None:
+    """A copy of a float32 VAE's decoder that takes half the time: bfloat16, channels last. None where it would not.
+
+    Its last norm and convolution stay in float32: they write the colours, and rounded ones show as bands in a smooth
+    sky. The difference is 0.2 to 0.6 of 255 levels on average. For CPUs that multiply bfloat16; a GPU decodes in
+    little time as it is.
+    """
+    weight = vae.decoder.conv_in.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not multiplies_bfloat16():
+        return None
+    quick: Module = copy.deepcopy(vae.decoder)
+    quick.to(torch.bfloat16, memory_format=torch.channels_last)
+    quick.conv_norm_out = vae.decoder.conv_norm_out
+    quick.conv_out = vae.decoder.conv_out
+    return quick
 
 
 def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
@@ -129,7 +153,7 @@ def _resnet(resnet: Module, x: Tensor, side: int, device: torch.device) -> Tenso
 def _convolve(x: Tensor, conv: Module, before: Before, side: int, device: torch.device, factor: int = 1) -> Tensor:
     """conv(before(x)) tile by tile into one stored tensor, `factor` times as large."""
     batch, _, height, width = x.shape
-    out = x.new_empty(batch, conv.out_channels, height * factor, width * factor)
+    out = x.new_empty(batch, conv.out_channels, height * factor, width * factor, dtype=conv.weight.dtype)
     for window in _windows(x.shape, side):
         rows, columns = (slice(s.start * factor, s.stop * factor) for s in window)
         out[..., rows, columns] = _convolve_tile(x, conv, before, window, factor, device).to(out.device)
@@ -146,7 +170,7 @@ def _convolve_tile(
         with_ring.append(slice(start, min(piece.stop + 1, length)))
         offset = (piece.start - start) * factor
         cut.append(slice(offset, offset + (piece.stop - piece.start) * factor))
-    tile = conv(before(x[..., with_ring[0], with_ring[1]].to(device)))
+    tile = conv(before(x[..., with_ring[0], with_ring[1]].to(device)).to(conv.weight.dtype))
     return tile[..., cut[0], cut[1]]
 
 

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # What is computed once for all steps from the prompt's features: strengths that change over the steps concern it too.
 _CAPTION_MODULES = ("context_refiner.", "cap_embedder.")
+# What scales and gates of all steps come from, norms aside.
+_TIME_MODULES = ("adaLN_modulation", "t_embedder")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class LoraSet:
         changed = self._strengths.set_step(step)
         touched = (module for loaded in self._loaded.values() for module in (*loaded.linears, *loaded.norms))
         return changed and any(module.startswith(_CAPTION_MODULES) for module in touched)
+
+    @property
+    def factor_strengths(self) -> tuple[float, ...]:
+        """The strengths that scales, gates and norm weights are worked out with now; () where no file changes those."""
+        for loaded in self._loaded.values():
+            if loaded.norms or any(part in module for module in loaded.linears for part in _TIME_MODULES):
+                return self._strengths.now
+        return ()
 
     @property
     def touches_encoder(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 import shared.samplers as samplers
 from models.z_image import autoencoder, safety
 from models.z_image.conditions import Beginning
+from models.z_image.cuda_graph import GraphedForwards
 from models.z_image.lora import LoraSet
 from models.z_image.noise import NoiseSource
 from models.z_image.prediction import Predictor, Prompts
@@ -68,6 +69,9 @@ class ZImagePipeline:
         self.device = device
         self.loras = LoraSet(transformer, lambda: text_encoder.model)
         self.safeguard = safety.Safeguard(safer)
+        self.recordings: GraphedForwards | None = None  # set by whoever leaves the weights where they are
+        self._quick_decoder: Any = None  # made when it is first wanted
+        self._forget: Callable[[], None] = lambda: None  # of the walk that is on
         self.report = Report()
         self._tell: Callable[[str], None] = _nobody
 
@@ -114,7 +118,8 @@ class ZImagePipeline:
         assert latents is not None  # a request has at least one step
         if should_stop():
             return None
-        pictures = self._timed("decode", lambda: self._decode_safely(latents, request.tile))
+        exact = request.precision == "exact"
+        pictures = self._timed("decode", lambda: self._decode_safely(latents, request.tile, exact=exact))
         return pictures if request.start is None else request.start.finish(pictures)
 
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
@@ -143,12 +148,17 @@ class ZImagePipeline:
         total = len(begun.sigmas) - 1
         self.loras.begin(total)
         on_begin(total)  # before the captions are refined: a host sets its LoRAs' strengths of the first step in it
+        recordings = self.recordings
+        if recordings is not None:
+            recordings.begin()
         predict = Predictor(
-            self.transformer, self._prompts(request, positive, negative), sigmas=begun.sigmas,
-            guidance=request.guidance, nag=request.nag,
+            recordings or self.transformer, self._prompts(request, positive, negative), sigmas=begun.sigmas,
+            guidance=request.guidance, nag=request.nag, exact=request.precision == "exact",
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
         )  # fmt: skip
+        self._forget = predict.forget
+        strengths = self.loras.factor_strengths
 
         def sample(ask: samplers.Predict) -> Iterator[Tensor]:
             source = NoiseSource(request.seeds, shape, request.variation)
@@ -163,6 +173,9 @@ class ZImagePipeline:
         def go_back(step: int) -> None:
             self.loras.set_step(step)
             on_repeat(step)
+            if recordings is not None:  # a remedy is at work, which may change from forward to forward
+                recordings.stop()
+            predict.forget()
             predict.set_prompts(self._prompts(request, positive, negative))
 
         walk = safety.walk(
@@ -173,7 +186,16 @@ class ZImagePipeline:
             self.report.forwards = predict.forwards
             yield Step(index, total, begun.sigmas[index + 1], latents)
             if self.loras.set_step(index + 1):
+                if recordings is not None:
+                    recordings.drop()
                 predict.set_prompts(self._prompts(request, positive, negative))
+            if self.loras.factor_strengths != strengths:
+                strengths = self.loras.factor_strengths
+                predict.forget()
+
+    def weights_changed(self) -> None:
+        """Told by a host between steps: its own LoRAs have other strengths from the next step on."""
+        self._forget()
 
     @torch.no_grad()
     def encode_pictures(self, pictures: Tensor) -> Tensor:
@@ -182,9 +204,15 @@ class ZImagePipeline:
             return autoencoder.encode(self.vae, pictures.to(self.device)).to(self.device)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, tile: int = 0) -> Tensor:
-        """Latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1], one at a time: a batch needs no more memory."""
-        return torch.cat([autoencoder.decode(self.vae, z[None], tile).cpu() for z in latents])
+    def decode(self, latents: Tensor, tile: int = 0, *, exact: bool = True) -> Tensor:
+        """Latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) in [-1, 1], one at a time: a batch needs no more memory.
+
+        exact: in the VAE's own type; else, beside a bfloat16 transformer, in bfloat16 where that is quicker.
+        """
+        quick = None
+        if not exact and self.transformer.dtype == torch.bfloat16:
+            quick = self._quick_decoder = self._quick_decoder or autoencoder.quick_decoder(self.vae)
+        return torch.cat([autoencoder.decode(self.vae, z[None], tile, quick).cpu() for z in latents])
 
     def _prompts(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None) -> Prompts:
         """The features refined, for each picture."""
@@ -192,7 +220,7 @@ class ZImagePipeline:
 
         def refine(features: list[Tensor]) -> Captions:
             with self.safeguard.computing():
-                return self.transformer.encode_captions(features)
+                return self.transformer.encode_captions(features, exact=request.precision == "exact")
 
         early = None
         if request.diversity.active:
@@ -220,10 +248,10 @@ class ZImagePipeline:
             remedies=lambda: self.safeguard.remedies(self.text_encoder.model, self.device),
         )[0]  # fmt: skip
 
-    def _decode_safely(self, latents: Tensor, tile: int) -> Tensor:
+    def _decode_safely(self, latents: Tensor, tile: int, *, exact: bool) -> Tensor:
         def decode() -> Tensor:
             with self.safeguard.computing():
-                return self.decode(latents, tile)
+                return self.decode(latents, tile, exact=exact or self.safeguard.is_plain)
 
         pictures = safety.attempt(
             decode, "the decoded picture", helped=self._helped, may_be_flat=True,

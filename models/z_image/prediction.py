@@ -6,17 +6,21 @@ import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
+from models.z_image.modulation import Moment, Timetable
 from models.z_image.transformer import Captions, Nag, ZImageTransformer
+from shared.quant.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     from models.z_image.conditions import Constrain, Signals
     from models.z_image.control import ControlSignal
+    from models.z_image.cuda_graph import GraphedForwards
     from models.z_image.omni import Sequences as OmniSequences
 
 log = logging.getLogger(__name__)
@@ -39,11 +43,15 @@ class Prompts:
 
 
 class Predictor:
-    """Answers predict(latents, sigma) for one generation. `forwards`: calls of the network per picture so far."""
+    """Answers predict(latents, sigma) for one generation.
+
+    forwards: calls of the network per picture so far. off_schedule: how many of them were at a noise level that the
+    schedule does not have, for which scales and gates had to be worked out apart.
+    """
 
     def __init__(
         self,
-        transformer: ZImageTransformer,
+        transformer: ZImageTransformer | GraphedForwards,
         prompts: Prompts,
         *,
         sigmas: Sequence[float],
@@ -51,13 +59,17 @@ class Predictor:
         nag: NormalizedAttentionGuidance,
         signals: Signals | None = None,
         constrain: Constrain | None = None,
+        exact: bool = False,
     ) -> None:
-        """sigmas: the schedule that is run, which tells how far a sigma is."""
-        self.forwards = 0
+        """sigmas: the schedule that is run, which tells how far a sigma is. exact: see ZImageTransformer.forward."""
+        self.forwards = self.off_schedule = 0
         self._transformer = transformer
         self._guidance, self._attention_guidance = guidance, nag
         self.set_prompts(prompts)
         self._rising = [-sigma for sigma in sigmas]  # bisect wants a rising list
+        self._exact = exact
+        self._table: Timetable | None = None
+        self._rows: dict[tuple[float, float | None], int] = {}  # of the table, by sigma and target
         self._signals, self._constrain = signals, constrain
         self._both_fit: bool | None = None  # both guided answers in one call; None until it is asked
 
@@ -66,6 +78,11 @@ class Predictor:
         self._prompts = prompts
         negative = prompts.negative if self._attention_guidance.active else None
         self._nag = Nag(self._attention_guidance, negative) if isinstance(negative, Captions) else None
+
+    def forget(self) -> None:
+        """Work out anew what was kept of the network: other weights or kernels are at work from now on."""
+        if self._table is not None:
+            self._table.forget()
 
     def __call__(self, latents: Tensor, sigma: float, target: float | None = None) -> Tensor:
         """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`. target: the sigma a step is for."""
@@ -87,7 +104,9 @@ class Predictor:
                 both = positive.followed_by(negative)
                 answers = self._ask(latents.repeat(2, 1, 1, 1), sigma, target, both, signal)
                 return self._guidance.combine(*answers.chunk(2))
-            except torch.OutOfMemoryError:
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 log.warning("The two guided answers did not fit into memory together; one after the other instead.")
                 self._both_fit = False
         return self._guidance.combine(
@@ -103,22 +122,43 @@ class Predictor:
         signal: ControlSignal | None,
     ) -> Tensor:
         """The network's x0 - noise."""
-        return self._transformer(
-            latents, _times(sigma, latents), captions, signal,
-            target=None if target is None else _times(target, latents), nag=self._nag,
-        )  # fmt: skip
+        return self._transformer(latents, self._moment(sigma, target, latents.device), captions, signal, nag=self._nag)
+
+    def _moment(self, sigma: float, target: float | None, device: torch.device) -> Moment:
+        if self._table is None:
+            asked = self._schedule(with_targets=target is not None)
+            self._table, self._rows = self._timetable(asked, device), {key: row for row, key in enumerate(asked)}
+        row = self._rows.get((sigma, target))
+        if row is not None:
+            return Moment(self._table, row)
+        self.off_schedule += 1
+        return Moment(self._timetable([(sigma, target)], device))
+
+    def _schedule(self, *, with_targets: bool) -> list[tuple[float, float | None]]:
+        """What will be asked, as far as the schedule tells: every level, aimed at 0, at the next level or at itself."""
+        levels = [-sigma for sigma in self._rising]
+        if not with_targets:
+            return [(sigma, None) for sigma in dict.fromkeys(levels[:-1])]
+        return list(dict.fromkeys((a, target) for a, b in pairwise(levels) for target in (0.0, b, a)))
+
+    def _timetable(self, asked: Sequence[tuple[float, float | None]], device: torch.device) -> Timetable:
+        times = torch.tensor([_time(sigma) for sigma, _ in asked], dtype=torch.float32, device=device)
+        if asked[0][1] is None:
+            return Timetable(times, exact=self._exact)
+        targets = [_time(target) for _, target in asked if target is not None]
+        return Timetable(times, torch.tensor(targets, dtype=torch.float32, device=device), exact=self._exact)
 
     def _progress(self, sigma: float) -> float:
         """The share of the steps that are done where the schedule stands at `sigma`."""
         return min(bisect_left(self._rising, -sigma) / (len(self._rising) - 1), 1.0)
 
 
-def _times(sigma: float, latents: Tensor) -> Tensor:
+def _time(sigma: float) -> float:
     """The network's time 1 - sigma runs from 0 (noise) to 1 (data). A target of sigma 0 is 0: TwinFlow learned so."""
-    return torch.full((len(latents),), 1 - sigma if sigma else 0.0, dtype=torch.float32, device=latents.device)
+    return 1 - sigma if sigma else 0.0
 
 
-def _room_for_twice(transformer: ZImageTransformer, latents: Tensor) -> bool:
+def _room_for_twice(transformer: ZImageTransformer | GraphedForwards, latents: Tensor) -> bool:
     """Whether the GPU has memory for the activations of twice as many pictures; always true elsewhere."""
     device = latents.device
     if device.type != "cuda":

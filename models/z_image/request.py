@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SIZE_MULTIPLE = 16
 # Tongyi-MAI/Z-Image src/config/model.py: Turbo's scheduler.
 DEFAULT_SHIFT = 3.0
+PRECISIONS = ("fast", "exact")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +51,7 @@ class GenerateRequest:
     control: Control | None = None  # a control picture; None draws without
     references: tuple[Image.Image, ...] = ()  # pictures to go by, for Omni and Edit
     tile: int = 0  # side of a decoding tile in latent cells, 0 in one piece
+    precision: str = "fast"  # or "exact": bfloat16 rounded where the reference implementation does, see shared.ops
 
     def __post_init__(self) -> None:
         for name, pixels in (("width", self.width), ("height", self.height)):
@@ -67,6 +69,8 @@ class GenerateRequest:
             raise UserError(f"There is no sampler {self.sampler!r}.", f"Known: {', '.join(samplers.names())}.")
         if self.schedule and self.schedule not in schedules.SCHEDULES:
             raise UserError(f"There is no schedule {self.schedule!r}.", f"Known: {', '.join(schedules.SCHEDULES)}.")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"There is no precision {self.precision!r}.", f"Known: {', '.join(PRECISIONS)}.")
         if self.variation is not None and len(self.variation.seeds) != len(self.seeds):
             raise UserError(
                 f"{len(self.variation.seeds)} variation seeds for {len(self.seeds)} pictures.", "Give one per picture."
@@ -133,6 +137,7 @@ def from_host_kwargs(
         nag=nag,
         diversity=Diversity(_number(kwargs, "diversity", 0.0), _number(kwargs, "diversity_end", Diversity().end)),
         tile=_tile(kwargs.get("VAE_tile_size")),
+        precision=kwargs.get("precision") or "fast",
     )
 
 

@@ -37,6 +37,7 @@ from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
 from models.z_image.modulation import Factors, Moment, Timetable, block_factors
 from shared import ops
+from shared.ops.attention import SDPA, Backend
 
 if TYPE_CHECKING:
     from models.z_image.control import ControlBranch, ControlSignal
@@ -87,7 +88,7 @@ class ZImageTransformer(nn.Module):
         if config.has_second_time:
             self.t_embedder_2 = TimestepEmbedder(config.time_dim, config.time_hidden_dim)
         self.cap_embedder = nn.Sequential(
-            nn.RMSNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
+            CaptionNorm(config.cap_feat_dim, eps=config.norm_eps), nn.Linear(config.cap_feat_dim, dim)
         )
         self.cap_pad_token = nn.Parameter(torch.empty(1, dim))
         self.noise_refiner = nn.ModuleList(Block(config) for _ in range(blocks))
@@ -198,6 +199,12 @@ class ZImageTransformer(nn.Module):
         way = second((target - t) * scale, self.dtype) * (t - target).abs()[:, None].to(self.dtype)
         return self.t_embedder(t.abs() * scale, self.dtype) + way
 
+    def use_attention(self, backend: Backend) -> None:
+        """From now on attend by this backend wherever nothing is masked."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+
     def preprocess_loras(self, _model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Called by a Wan2GP host before mmgp loads a LoRA: rename and stack it for the fused linears."""
         return fuse(self, state)
@@ -234,15 +241,18 @@ class Block(nn.Module):
         f: Factors = self.factors(None, exact=exact, apart=False)[0] if moment is None else moment.of(self)
         eps = self.eps
         is_narrow = x_BSD.dtype == torch.float16
-        h_BSD = ops.rms_norm_modulate(x_BSD, f.attention_norm1, f.attention_scale, eps, exact=f.exact)
-        h_BSD = self.attention(h_BSD, rope, mask, f)
-        h_BSD = bounded(h_BSD) if is_narrow else h_BSD
-        x_BSD = ops.gate_residual(x_BSD, h_BSD, f.attention_gate, f.attention_norm2, eps, exact=f.exact)
-        x_BSD = bounded(x_BSD) if is_narrow else x_BSD
-        h_BSD = ops.rms_norm_modulate(x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact)
-        h_BSD = self.feed_forward(h_BSD)
+        qkv, w13 = self.attention.qkv, self.feed_forward.w13
+        normed = ops.rms_norm_modulate_into(qkv, x_BSD, f.attention_norm1, f.attention_scale, eps, exact=f.exact)
+        h_BSD = self.attention(normed, rope, mask, f)
         if not is_narrow:
+            x_BSD, normed = ops.gate_residual_norm_into(
+                w13, x_BSD, h_BSD, f.attention_gate, f.attention_norm2, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact
+            )
+            h_BSD = self.feed_forward(normed)
             return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
+        x_BSD = ops.gate_residual(x_BSD, bounded(h_BSD), f.attention_gate, f.attention_norm2, eps, exact=f.exact)
+        x_BSD = bounded(x_BSD)
+        h_BSD = self.feed_forward(ops.rms_norm_modulate_into(w13, x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact))
         eps *= NARROW_SHARE**2  # the norm of a share is that of the whole, if its eps is one as well
         return bounded(ops.gate_residual(x_BSD, bounded(h_BSD), f.ffn_gate, f.ffn_norm2, eps, exact=f.exact))
 
@@ -257,6 +267,7 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.n_heads, self.eps = config.n_heads, config.norm_eps
+        self.backend = SDPA
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.out = nn.Linear(config.dim, config.dim, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
@@ -266,7 +277,8 @@ class Attention(nn.Module):
         q_BHSE, k_BHSE, v_BHSE = ops.qk_norm_rope(
             self.qkv(x_BSD), f.q_norm, f.k_norm, rope, self.n_heads, self.eps, exact=f.exact
         )
-        return self.out(attend(q_BHSE, k_BHSE, v_BHSE, mask).transpose(1, 2).flatten(2))
+        h_BHSE = attend(q_BHSE, k_BHSE, v_BHSE, mask, exact=f.exact, backend=self.backend)
+        return self.out(h_BHSE.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -285,7 +297,14 @@ class FeedForward(nn.Module):
         if both_BSF.dtype == torch.float16:
             gate, value = both_BSF.chunk(2, dim=-1)
             both_BSF = torch.cat([gate, value * NARROW_SHARE], dim=-1)
-        return self.w2(ops.swiglu(both_BSF))
+        return self.w2(ops.swiglu_into(self.w2, both_BSF))
+
+
+class CaptionNorm(nn.RMSNorm):
+    """Of caption features. Computed once a picture, so it always rounds where the reference does."""
+
+    def forward(self, features_LC: Tensor) -> Tensor:
+        return ops.rms_norm_modulate(features_LC, self.weight, None, self.eps or 0.0, exact=True)
 
 
 class FinalLayer(nn.Module):

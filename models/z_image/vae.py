@@ -103,7 +103,8 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(x)))
+        last = x.to(self.conv_out.weight.dtype)  # another type in autoencoder.quick_decoder()
+        out: Tensor = self.conv_out(F.silu(self.conv_norm_out(last)))
         return out
 
 

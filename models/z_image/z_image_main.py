@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image.autoencoder import load_vae
+from models.z_image.cuda_graph import GraphedForwards
 from models.z_image.loader import load_transformer
 from models.z_image.lora import Match, Strength
 from models.z_image.omni import OmniTransformer
@@ -22,6 +24,8 @@ from models.z_image.request import GenerateRequest, from_host_kwargs
 from models.z_image.text_encoder import FeatureStore, TextEncoder, load_text_encoder, load_tokenizer
 from models.z_image.transformer import ZImageTransformer
 from models.z_image.variants import TEXT_ENCODER_FILES, TEXT_ENCODER_FOLDER, VAE_FILE
+from shared.ops.attention import BACKENDS, SDPA, fastest
+from shared.ops.graphs import CudaRecorder
 from shared.quant.errors import UserError
 from shared.utils.files_locator import locate_file, locate_folder
 
@@ -149,6 +153,8 @@ class model_factory:
                 callback(step.index, step.latents[0][:, None], False)
             if announce is not None and step.index + 1 < step.total:
                 announce(step.index + 1)
+                if getattr(self.transformer, "_loras_active_adapters", None):  # mmgp's name for LoRAs that are on
+                    self.pipeline.weights_changed()
 
         def on_repeat(step: int) -> None:
             assert announce is not None  # no step is made again before the first
@@ -167,6 +173,26 @@ class model_factory:
             self.pipeline.loras.begin(request.steps)
             self.pipeline.encode(request)
 
+    def prepare(self, attention: Sequence[str], *, records: bool) -> str:
+        """Choose how to compute on `device`, which is settled; returns what was found, in words.
+
+        attention: names of shared.ops.attention; of several the fastest is taken. records: weights stay where they will
+        be put, so that forwards may be recorded (cuda_graph.py; the environment variable ZIMAGE_GRAPHS=0 forbids it).
+        """
+        backend, words = SDPA, ""
+        if self.device.type == "cuda":
+            backend = BACKENDS[attention[0]]
+            if len(attention) > 1:
+                config = self.transformer.config
+                candidates = tuple(BACKENDS[name] for name in attention)
+                found = fastest(candidates, self.device, self.transformer.dtype, config.n_heads, config.head_dim)
+                backend, words = found.backend, f" ({found.words})"
+        self.transformer.use_attention(backend)
+        allowed = os.environ.get("ZIMAGE_GRAPHS", "").strip() != "0" and type(self.transformer) is ZImageTransformer
+        records = records and allowed and self.device.type == "cuda"
+        self.pipeline.recordings = GraphedForwards(self.transformer, CudaRecorder(self.device)) if records else None
+        return f"attention by {backend.name}{words}; forwards {'recorded' if records else 'launched kernel by kernel'}"
+
     def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[Strength]) -> list[Match]:
         """Put these LoRA files, and no others, beside the linears; an empty list takes all off.
 
@@ -175,6 +201,8 @@ class model_factory:
         then the LoRAs stay as they were.
         """
         loras = self.pipeline.loras
+        if self.pipeline.recordings is not None:
+            self.pipeline.recordings.drop()
         touched = loras.touches_encoder
         matches = loras.apply([Path(file) for file in files], multipliers)
         if touched or loras.touches_encoder:

@@ -71,6 +71,33 @@ def test_tiles_leave_no_seam(model_folder: Path, size: tuple[int, int], tile: in
     assert float((whole - tiled).abs().max()) <= 1e-4
 
 
+@pytest.mark.parametrize("tile", [0, 3])
+def test_the_quick_decoder_differs_by_less_than_two_levels_of_255(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: True)
+    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
+    latents = torch.randn(1, 16, 6, 4)
+
+    quick = autoencoder.quick_decoder(vae)
+    picture = autoencoder.decode(vae, latents, tile, quick)
+
+    assert quick is not None
+    assert {quick.conv_in.weight.dtype, quick.conv_out.weight.dtype} == {torch.bfloat16, torch.float32}
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    assert 0 < (picture - autoencoder.decode(vae, latents)).abs().mean() * 127.5 < 2
+
+
+def test_there_is_no_quick_decoder_where_bfloat16_is_not_multiplied_or_not_asked_for(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: True)
+    assert autoencoder.quick_decoder(autoencoder.load_vae(model_folder / "vae", torch.bfloat16)) is None
+
+    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: False)
+    assert autoencoder.quick_decoder(autoencoder.load_vae(model_folder / "vae", torch.float32)) is None
+
+
 def test_tiles_never_touch_more_than_a_tile_and_its_ring(model_folder: Path) -> None:
     vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
     seen: list[int] = []

@@ -249,7 +249,9 @@ def test_the_steps_are_announced_before_the_network_is_asked_anything(
 ) -> None:
     order: list[str] = []
     refine = pipeline.transformer.encode_captions
-    monkeypatch.setattr(pipeline.transformer, "encode_captions", lambda f: (order.append("captions"), refine(f))[1])
+    monkeypatch.setattr(
+        pipeline.transformer, "encode_captions", lambda f, **how: (order.append("captions"), refine(f, **how))[1]
+    )
     request = GenerateRequest(prompt="x", width=32, height=32, steps=1)
 
     list(pipeline.denoise(request, *pipeline.encode(request), lambda steps: order.append(f"{steps} steps")))
