@@ -13,6 +13,7 @@ from shared.quant.errors import UserError
 from shared.samplers import schedules
 
 LONG_PROMPT_FATES = ("keep", "cut", "refuse")
+PRECISIONS = ("fast", "exact")
 MAX_DRAWN_SEED = 2**31 - 1  # short enough to be read out and typed again
 MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes as a signed 64-bit number
 
@@ -31,6 +32,7 @@ class SamplingSettings:
 
     schedule: a name out of SCHEDULES, "" for the sampler's own. sigmas: noise levels instead, falling to the 0 that is
     left out; as many as steps. variation_seed: -1 without a variation. long_prompt: one of LONG_PROMPT_FATES.
+    precision: one of PRECISIONS.
     """
 
     schedule: str = ""
@@ -40,6 +42,7 @@ class SamplingSettings:
     diversity: float = 0.0
     diversity_end: float = 0.25
     long_prompt: str = "keep"
+    precision: str = "fast"
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> SamplingSettings:
@@ -54,6 +57,7 @@ class SamplingSettings:
             schedule=known_name("schedule", values["schedule"], tuple(schedules.SCHEDULES)),
             sigmas=_sigmas(values["sigmas"]),
             long_prompt=known_name("long_prompt", values["long_prompt"], LONG_PROMPT_FATES) or "keep",
+            precision=known_name("precision", values["precision"], PRECISIONS) or "fast",
         )
         if values["variation_strength"]:
             seed = int(values["variation_seed"])

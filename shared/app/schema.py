@@ -167,6 +167,9 @@ SETTING_KEYS: Mapping[str, Key] = {
     ),
     "diversity": Key(NUMBER, "noise on the prompt in the first steps, so that seeds differ more; 0 is off", 0.0),
     "diversity_end": Key(NUMBER, "share of the steps that have it, 0 to 1", 0.25),
+    "precision": Key(
+        TEXT, "fast, or exact: bfloat16 numbers rounded wherever the reference implementation rounds them", "fast"
+    ),
     "flow_shift": Key(NUMBER, "moves the schedule towards high noise; above 0", None),
     "sample_solver": Key(TEXT, "sampler; empty for the model's own", ""),
     "schedule": Key(TEXT, "where the steps stop: simple, beta or linear; empty for the sampler's own", ""),

@@ -76,6 +76,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "batch_size": args.batch_size,
         "error_lora_strength": args.error_lora_strength,
+        "precision": args.precision,
     }
     overrides |= {key: value for key, value in named.items() if value is not None}
     overrides |= edit_overrides(args, overrides)
@@ -139,7 +140,8 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         "--attention",
         metavar="MODE",
         default="",
-        help="auto, sdpa, sage, sage2, flash or xformers (default: from the preset or config, else auto)",
+        help="auto, sdpa, cudnn, flash, flash3, xformers, sage or sage2 (default: from the preset or config, else "
+        "auto: the fastest that rounds nothing, found by a race on the GPU; docs/kernels.md)",
     )
     for part in ("transformer", "text-encoder"):
         machine.add_argument(
@@ -235,6 +237,11 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--output",
         metavar="PATH",
         help="file (.png, .jpg, .webp; {seed} and {index} are filled in) or folder (default: --output-dir)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fast", "exact"),
+        help="exact rounds bfloat16 numbers wherever the reference implementation does (docs/speed.md); default: fast",
     )
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object about what was done")
     parser.add_argument("--dry-run", action="store_true",

@@ -20,6 +20,7 @@ _SCHEDULES = (
 )
 _MODE_WORDS = ("One prompt", "One prompt per line", "One prompt per paragraph")
 _LONG_PROMPTS = (("Keep whole, up to 1504 tokens", "keep"), ("Cut to 512 tokens", "cut"), ("Refuse", "refuse"))
+_PRECISIONS = (("Fast", "fast"), ("Exact: rounded as the reference does", "exact"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,7 @@ class SamplingPanel:
     diversity_end: gr.Slider
     multi_prompts_gen_type: gr.Dropdown
     long_prompt: gr.Dropdown
+    precision: gr.Dropdown
 
 
 def build_sampling_panel() -> SamplingPanel:
@@ -72,10 +74,13 @@ def build_sampling_panel() -> SamplingPanel:
             label="A prompt of more than 512 tokens", elem_id="long-prompt", choices=list(_LONG_PROMPTS),
             value=usual["long_prompt"],
         )  # fmt: skip
+        precision = gr.Dropdown(
+            label="Precision", elem_id="precision", choices=list(_PRECISIONS), value=usual["precision"],
+        )  # fmt: skip
     return SamplingPanel(
         schedule=schedule, sigmas=sigmas, variation_strength=variation_strength, variation_seed=variation_seed,
         diversity=diversity, diversity_end=diversity_end, multi_prompts_gen_type=multi_prompts_gen_type,
-        long_prompt=long_prompt,
+        long_prompt=long_prompt, precision=precision,
     )  # fmt: skip
 
 

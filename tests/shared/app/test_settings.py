@@ -386,4 +386,5 @@ def test_the_pipeline_gets_the_hosts_names(base):
         "diversity": 0.0,
         "diversity_end": 0.25,
         "long_prompt": "keep",
+        "precision": "fast",
     }
