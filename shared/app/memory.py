@@ -15,7 +15,8 @@ All figures are in MiB (2**20 bytes). The estimate reads file headers only and n
                live = 3 on a GPU: input, normalised input, output of one layer; 4.6 on a CPU, measured, whose
                convolutions copy their input and output into an order of their own
 
-    RAM of a stage on the CPU  = base + all weights used up to then + LoRAs + the stage's working memory
+    RAM of a stage on the CPU  = base + all weights used up to then + LoRAs + the stage's working memory; a text
+                                 encoder's that are mapped from the file are let go of before drawing
     VRAM of a stage on a GPU   = its model's weights as they are placed + LoRAs + the stage's working memory
 """
 
@@ -58,12 +59,14 @@ _BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
 class ModuleSizes:
     """One module, from its files' headers. Bytes as it is loaded.
 
+    mapped: of them those that can stay in the file, in the type that is computed in: a CPU lets go of them after use.
     blocks: of each repeated block, in the files' order. width, hidden: numbers per token of a block's stream and of its
     feed-forward. products: numbers that multiply each token in a pass, whatever they are packed in. scratch: bytes of
     the largest packed matrix when it is unpacked.
     """
 
     nbytes: int
+    mapped: int = 0
     blocks: tuple[int, ...] = ()
     width: int = 0
     hidden: int = 0
@@ -236,11 +239,12 @@ def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:
     blocks: dict[str, int] = {}
     counts: dict[str, int] = {}
     matrices: list[tuple[str, tuple[int, ...]]] = []
-    total = scratch = 0
+    total = mapped = scratch = 0
     for number, file in enumerate(files):
         for info in file.tensors.values():
             size = _loaded_bytes(info, compute_bytes)
             total += size
+            mapped += size if _PLAIN_DTYPES.get(info.dtype) == compute_bytes else 0
             if found := _BLOCK_NAME.match(info.name):
                 name = f"{number} {found[0]}"
                 blocks[name] = blocks.get(name, 0) + -(-size // ALIGNMENT) * ALIGNMENT
@@ -259,6 +263,7 @@ def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:
     width, hidden = max(inside, key=lambda shape: shape[1], default=(0, 0))
     return ModuleSizes(
         nbytes=total,
+        mapped=mapped,
         blocks=tuple(size for name, size in blocks.items() if name in real),
         width=width,
         hidden=hidden,

@@ -89,6 +89,14 @@ class MemoryPlan:
         """In a word, or two."""
         return self.engine if self.profile is None else f"profile {self.profile.number:g}"
 
+    @property
+    def words(self) -> str:
+        """In one line, for people."""
+        if not self.vram_mb:
+            return " ".join([f"Takes about {_size(self.ram_mb)} of RAM.", *self.sentences[1:]])
+        amounts = f"Takes about {_size(self.vram_mb)} on the GPU and {_size(self.ram_mb)} of RAM."
+        return " ".join([amounts, *self.sentences])
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "engine": self.engine,
@@ -244,6 +252,8 @@ def _on_one_memory(
     for stage, module in STAGES.items():
         used += weights[module] + (estimate.loras_mb if stage == "denoise" else 0.0)
         peaks[stage] = used + working[stage]
+        if module == "text_encoder":
+            used -= estimate.sizes[module].mapped / MIB  # let go of when the prompts are encoded
     return MemoryPlan(
         engine="direct",
         reason=reason,
@@ -294,6 +304,10 @@ def next_relief(relief: Relief, stage: str, plan: MemoryPlan, device: DeviceInfo
     if relief.share > 0:
         return replace(relief, engine="stream", share=0.0), "only two blocks at a time are on the GPU"
     return None
+
+
+def _size(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
 
 
 def _engine(

@@ -447,7 +447,8 @@ class _Model:
         self._ring: list[_Buffer] = []
         self._next: dict[_Part, _Part] = {}  # by what ran: which block follows which
         self._last: _Part | None = None
-        self._lent: dict[nn.Module, Callable[[], None]] = {}  # brought for their own forward only
+        self._lent: dict[nn.Module, Callable[[], None]] = {}  # brought alone, out of one block
+        self._lent_from: _Part | None = None
         self._handles: list[Any] = []
 
         roots = _block_roots(module)
@@ -518,9 +519,7 @@ class _Model:
         self._drop_ring()
         for part in self.parts:
             part.forget()
-        for undo in self._lent.values():
-            undo()
-        self._lent.clear()
+        self._take_back()
 
     def _settle(self) -> None:
         """Whatever gets memory that is given up now must not be written into by copies still on their way."""
@@ -560,11 +559,8 @@ class _Model:
             on(root, lambda part=part: self._enter(part), lambda part=part: self._leave(part))  # type: ignore[misc]
             for owner in root.modules():
                 if owner is not root and _owns_tensors(owner):
-                    on(
-                        owner,
-                        lambda part=part, owner=owner: self._lend(part, owner),  # type: ignore[misc]
-                        lambda owner=owner: self._take_back(owner),  # type: ignore[misc]
-                    )
+                    # No hook after it: a model may ask a norm whether anything, such as a LoRA, changes its result.
+                    on(owner, lambda part=part, owner=owner: self._lend(part, owner))  # type: ignore[misc]
 
     def _to_device(self, _module: nn.Module, _inputs: Any, rows: Tensor) -> Tensor:
         return rows.to(self._lane.device)
@@ -583,6 +579,7 @@ class _Model:
 
     def _enter(self, part: _Part) -> None:
         """A block begins: its weights are there, those of the next ones on their way."""
+        self._take_back()
         self._activate()
         if self._last is not None and self._last is not part:
             self._next[self._last] = part
@@ -602,9 +599,12 @@ class _Model:
                 buffer.used = self._lane.computed()
 
     def _lend(self, part: _Part, owner: nn.Module) -> None:
-        """A module inside a block runs: alone, when the block does not."""
+        """A module inside a block runs: alone, when the block does not. It stays until another block is touched."""
         if part.attached or owner in self._lent:
             return
+        if part is not self._lent_from:
+            self._take_back()
+            self._lent_from = part
         if part.stays:
             self._activate()
             if part.memory is None:
@@ -613,9 +613,11 @@ class _Model:
             return
         self._lent[owner] = part.only(owner, self._lane.device)
 
-    def _take_back(self, owner: nn.Module) -> None:
-        if owner in self._lent:
-            self._lent.pop(owner)()
+    def _take_back(self) -> None:
+        for undo in self._lent.values():
+            undo()
+        self._lent.clear()
+        self._lent_from = None
 
     # -- copies
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +190,16 @@ def test_on_a_cpu_modules_add_up_in_the_order_in_which_they_run() -> None:
     assert made.peaks_mb["text"] < made.peaks_mb["denoise"]
     assert made.ram_mb == max(made.peaks_mb.values())
     assert made.vram_mb == 0
+
+
+def test_a_mapped_text_encoder_does_not_count_while_drawing() -> None:
+    encoder = ModuleSizes(nbytes=8 * GB, mapped=6 * GB)
+    kept, mapped = (
+        plan(CPU, model(sizes=model().sizes | {"text_encoder": e})) for e in (replace(encoder, mapped=0), encoder)
+    )
+
+    assert mapped.peaks_mb["text"] == kept.peaks_mb["text"]
+    assert mapped.peaks_mb["denoise"] == pytest.approx(kept.peaks_mb["denoise"] - 6 * GB / MIB)
 
 
 def test_a_cpu_with_little_free_ram_decodes_in_tiles() -> None:

@@ -334,6 +334,7 @@ def test_a_part_of_a_block_that_is_called_alone_comes_alone(gpu: FakeCuda) -> No
     assert torch.equal(result.cpu(), expected)
     assert gpu.uploads[-1] == MATRIX
     assert lane.copies == []
+    network(x.cuda())
     assert on_device(network.layers) == []
 
 
