@@ -20,13 +20,15 @@ Shape legend:  B batch   S tokens   D model width   H heads   E head width   F f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.ops import eager, triton_ready
+from shared.ops.rounding import Kind, Rounded, round_rows
 
 
 class Operations(Protocol):
@@ -102,4 +104,58 @@ def swiglu(w13: Tensor) -> Tensor:
     return implementation(w13).swiglu(w13)
 
 
-__all__ = ["gate_residual", "implementation", "qk_norm_rope", "rms_norm_modulate", "swiglu"]
+# ------------------------------------------------------------------------ straight into the linear that comes next
+#
+# A linear whose kernel multiplies 8 bits says which in `takes(device)` (shared.quant.linear). What stands before it
+# then rounds its result in the same pass, where it would be written, read, rounded, written and read otherwise.
+
+
+def rms_norm_modulate_into(
+    linear: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False
+) -> Tensor | Rounded:
+    """rms_norm_modulate(x, ...) as `linear` takes it."""
+    kind, serving = _taken_by(linear, x), _serving(x, scale)
+    if kind is None:
+        return serving.rms_norm_modulate(x, weight, scale, eps, exact=exact)
+    if serving is eager:
+        return round_rows(eager.rms_norm_modulate(x, weight, scale, eps, exact=exact), kind)
+    from shared.ops import fused
+
+    return fused.rms_norm_modulate(x, weight, scale, eps, exact=exact, rounding=kind)
+
+
+def gate_residual_norm_into(
+    linear: nn.Module, x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, next_weight: Tensor,
+    next_scale: Tensor | None, eps: float, *, exact: bool = False,
+) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
+    """(gate_residual(x, y, gate, weight), rms_norm_modulate(of that, next_weight, next_scale) as `linear` takes it)."""
+    if _serving(x, gate) is eager or _serving(x, next_scale) is eager:
+        stream = eager.gate_residual(x, y, gate, weight, eps, exact=exact)
+        return stream, rms_norm_modulate_into(linear, stream, next_weight, next_scale, eps, exact=exact)
+    from shared.ops import fused
+
+    kind = _taken_by(linear, x)
+    return fused.gate_residual_norm(x, y, gate, weight, next_weight, next_scale, eps, exact=exact, rounding=kind)
+
+
+def swiglu_into(linear: nn.Module, w13: Tensor) -> Tensor | Rounded:
+    """swiglu(w13) as `linear` takes it."""
+    kind, serving = _taken_by(linear, w13), implementation(w13)
+    if kind is None:
+        return serving.swiglu(w13)
+    if serving is eager:
+        return round_rows(eager.swiglu(w13), kind)
+    from shared.ops import fused
+
+    return fused.swiglu(w13, rounding=kind)
+
+
+def _taken_by(linear: nn.Module, x: Tensor) -> Kind | None:
+    takes: Callable[[torch.device], Kind | None] | None = getattr(linear, "takes", None)
+    return None if takes is None else takes(x.device)
+
+
+__all__ = [
+    "Rounded", "gate_residual", "gate_residual_norm_into", "implementation", "qk_norm_rope", "rms_norm_modulate",
+    "rms_norm_modulate_into", "round_rows", "swiglu", "swiglu_into",
+]  # fmt: skip

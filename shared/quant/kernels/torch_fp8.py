@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from shared.ops.rounding import Kind, Rounded, round_rows
 from shared.quant.kernels import Kernel, register
 from shared.quant.packings.fp8 import Float8
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 CAPABILITY = (8, 9)
 _MULTIPLE = 16  # sides of the matrices, in bytes: what cuBLAS and CUTLASS load at once
-_MAX = 448.0
 
 
 def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
@@ -45,23 +45,25 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
     return None
 
 
-def _run(layer: PackedLinear, x: Tensor) -> Tensor:
+def _takes(layer: PackedLinear) -> Kind | None:
+    return "fp8" if layer.packed.tensors["codes"].is_cuda else None
+
+
+def _run(layer: PackedLinear, x: Tensor | Rounded) -> Tensor:
     tensors = layer.packed.tensors
-    numbers = x.reshape(-1, layer.in_features).float()
-    scale_x = numbers.abs().amax(dim=1, keepdim=True).div_(_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-    rounded = (numbers / scale_x).to(torch.float8_e4m3fn)
+    tokens = x if isinstance(x, Rounded) else round_rows(x, "fp8")
     rows = layer.out_features
-    scale = tensors["scale"] if "scale" in tensors else torch.ones(1, 1, device=x.device)
+    scale = tensors["scale"] if "scale" in tensors else torch.ones(1, 1, device=tokens.scale.device)
     result = torch._scaled_mm(
-        rounded,
+        tokens.codes.view(-1, layer.in_features),
         tensors["codes"].view(torch.float8_e4m3fn).t(),
-        scale_x,
+        tokens.scale,
         scale.expand(rows, 1).t().contiguous(),
-        out_dtype=x.dtype,
+        out_dtype=tokens.dtype,
     )
     if layer.bias is not None:
         result.add_(layer.bias)
-    return result.view(*x.shape[:-1], rows)
+    return result.view(*tokens.codes.shape[:-1], rows)
 
 
-register(Kernel(name="torch-fp8", packing="fp8", compute="fp8", priority=10, refuse=_refuse, run=_run))
+register(Kernel(name="torch-fp8", packing="fp8", compute="fp8", priority=10, refuse=_refuse, run=_run, takes=_takes))

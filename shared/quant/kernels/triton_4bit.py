@@ -36,7 +36,8 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 
     packed = layer.packed
     tensors = packed.tensors
-    weight = expand(FourBits.of(packed), layer.scratch.take(packed.shape, x.dtype, x.device))
+    with triton_ready.launching():
+        weight = expand(FourBits.of(packed), layer.scratch.take(packed.shape, x.dtype, x.device))
     if not isinstance(packed.packing, Svdq):
         return F.linear(x, weight, layer.bias)
     down, up = (tensors[name].to(x.dtype) for name in ("down", "up"))

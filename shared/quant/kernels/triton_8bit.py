@@ -90,9 +90,10 @@ def _run(layer: PackedLinear, x: Tensor | Rounded, *, kind: Kind) -> Tensor:
     elif isinstance(packed.packing, Int8) and packed.packing.rotation:
         assert not isinstance(x, Rounded)
         x = rotate_activations(x, packed.packing.rotation)
-    a = x if isinstance(x, Rounded) else fused.round_rows(x, kind, smooth)
-    codes, scale = _eight_bits(layer, kind)
-    return scaled_matmul(a, codes, scale, layer.bias, branch)
+    with triton_ready.launching():
+        a = x if isinstance(x, Rounded) else fused.round_rows(x, kind, smooth)
+        codes, scale = _eight_bits(layer, kind)
+        return scaled_matmul(a, codes, scale, layer.bias, branch)
 
 
 def _eight_bits(layer: PackedLinear, kind: Kind) -> tuple[Tensor, Tensor]:

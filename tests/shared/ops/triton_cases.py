@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.ops import eager, fused
+from shared.ops import eager, fused, triton_ready
 from shared.ops.rounding import Kind, Rounded, round_rows
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -192,3 +192,16 @@ def test_rounding_in_the_producer_is_rounding_behind_it(dtype: torch.dtype, kind
         behind = fused.round_rows(plain, kind)
         assert torch.equal(rounded.codes.view(torch.uint8), behind.codes.view(torch.uint8))
         assert torch.equal(rounded.scale, behind.scale) and rounded.dtype == dtype
+
+
+def test_what_is_tried_on_a_card_before_it_is_used_finds_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fused.wrong_operations(torch.device(DEVICE)) == []
+    monkeypatch.setattr(fused, "swiglu", lambda w13: eager.swiglu(w13) * 1.1)
+    assert fused.wrong_operations(torch.device(DEVICE)) == ["swiglu"]
+
+
+def test_what_triton_raises_is_a_runtime_error_outside() -> None:
+    from triton.errors import TritonError
+
+    with pytest.raises(RuntimeError, match="Triton: out of resource"), triton_ready.launching():
+        raise TritonError("out of resource")

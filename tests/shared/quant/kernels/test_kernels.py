@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from shared.ops.rounding import round_rows
 from shared.quant import kernels
 from shared.quant.formats import svdq as files
 from shared.quant.kernels import Kernel, comfy
@@ -276,3 +277,11 @@ def test_the_library_is_held_to_its_fast_backend() -> None:
     """Without a GPU insisting fails, where the library itself would go on to its slow code in silence."""
     with pytest.raises(Exception, match="cuda"), comfy.insisted() if not torch.cuda.is_available() else nullcontext():
         raise RuntimeError("cuda is there: nothing to show")
+
+
+def test_torch_fp8_takes_tokens_that_are_rounded_already(make: MakeLayer, activations: Tensor) -> None:
+    layer = make(pack_fp8())
+    kernel = kernel_named("torch-fp8", "fp8")
+
+    assert torch.equal(kernel.run(layer, round_rows(activations, "fp8")), kernel.run(layer, activations))
+    assert kernel.takes(layer) is None  # a CPU gains nothing by it
