@@ -6,9 +6,8 @@ For each architecture (compute capability without the dot) and kernel a list by 
 exceeded counts; null has no bound. The size is a row's width for kernels of rows, the number of tokens for products. An
 architecture that is not listed takes the newest listed one before it.
 
-The figures were set by reasoning (docs/kernels.md), none is measured yet; measure() replaces them by measured ones:
-
-    python -m shared.ops.tuning --out FILE
+The figures were set by reasoning (docs/kernels.md), none is measured yet. Where a GPU is at hand, the products' are
+measured and written by: python -m shared.quant.kernels.tune_triton --out shared/ops/tuning.json
 """
 
 from __future__ import annotations

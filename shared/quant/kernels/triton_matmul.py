@@ -86,17 +86,23 @@ def _scaled_matmul(
 
 
 def scaled_matmul(
-    a: Rounded, codes: Tensor, scale: Tensor, bias: Tensor | None = None, branch: tuple[Tensor, Tensor] | None = None
+    a: Rounded,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    branch: tuple[Tensor, Tensor] | None = None,
+    *,
+    launch: tuning.Launch | None = None,
 ) -> Tensor:
     """The product above: (..., N) in a.dtype.
 
     codes: (N, K) int8 or float8_e4m3fn as a's are. scale: (N, 1) float32. bias: (N,). branch: left (T, R), right (N, R)
-    in a.dtype.
+    in a.dtype. launch: other options than the table's.
     """
     rows, columns = codes.shape
     tokens = len(a.scale)
     out = torch.empty(*a.codes.shape[:-1], rows, dtype=a.dtype, device=codes.device)
-    launch = tuning.launch(f"{a.kind} matmul", capability(codes.device), tokens)
+    launch = launch or tuning.launch(f"{a.kind} matmul", capability(codes.device), tokens)
     left, right = (out, out) if branch is None else (part if part.stride(1) == 1 else part.contiguous()
                                                      for part in branch)  # fmt: skip
     grid = (-(-tokens // launch["BLOCK_M"]) * -(-rows // launch["BLOCK_N"]),)
