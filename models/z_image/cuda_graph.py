@@ -7,14 +7,14 @@
 The same kernels run on the same numbers, so results are the same bits. It pays where launching takes longer than
 computing, below about 1024x1024 on a fast card. Forwards with control, with NAG or with a target go their usual way.
 
-A recording reads weights where they lay when it was made: nothing for weights that an offloader moves. `state` tells
-when they, or what hangs on them, have changed; then everything is recorded anew.
+A recording reads weights where they lay when it was made: nothing for weights that an offloader streams. begin() is
+told at each run what weights there are, and drop() when what hangs on them has changed; then all is recorded anew.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,18 +80,15 @@ class _Recorded:
 class GraphedForwards:
     """Calls a transformer as its forward() is called, from a recording where there is one.
 
-    state: equal as long as weights and all that hangs on them are the same. replayed: forwards that came from a
-    recording, for reports.
+    replayed: forwards that came from one, for reports.
     """
 
-    def __init__(
-        self, transformer: ZImageTransformer, recorder: Recorder, state: Callable[[], Hashable] = lambda: None
-    ) -> None:
+    def __init__(self, transformer: ZImageTransformer, recorder: Recorder) -> None:
         self.replayed = 0
-        self._transformer, self._recorder, self._state = transformer, recorder, state
+        self._transformer, self._recorder = transformer, recorder
         self._recorded: dict[Hashable, _Recorded] = {}
         self._seen: set[Hashable] = set()
-        self._last_state: Hashable = None
+        self._weights: tuple[int, ...] = ()  # where they lay
         self._stopped = False
 
     @property
@@ -112,10 +109,7 @@ class GraphedForwards:
         key = None if control is not None else self._key(latents, t, captions, options)
         if key is None:
             return self._transformer(latents, t, captions, control, **options)
-        if (state := self._state()) != self._last_state:
-            self.drop()
-            self._last_state = state
-        if key not in self._seen:
+        if key not in self._seen or not self._is_known(t):
             self._seen.add(key)
             return self._transformer(latents, t, captions, **options)
         if key not in self._recorded and not self._record(key, latents, t, captions, options):
@@ -128,8 +122,20 @@ class GraphedForwards:
         self.replayed += 1
         return recorded.recording.out.clone()
 
+    def begin(self) -> None:
+        """A run begins: what was recorded of weights that lie elsewhere by now is forgotten.
+
+        So is what was recorded after a drop() within the run before: this one begins with other strengths.
+        """
+        tensors = (*self._transformer.parameters(), *self._transformer.buffers())
+        weights = tuple(tensor.data_ptr() for tensor in tensors)
+        if weights != self._weights:
+            self.drop()
+            self._weights = weights
+
     def drop(self) -> None:
         """Forget all recordings and give their memory back."""
+        self._weights = ()
         self._recorded.clear()
         self._seen.clear()
         self._recorder.drop()
@@ -147,11 +153,15 @@ class GraphedForwards:
         if any(value is not None for name, value in options.items() if name != "exact"):
             return None
         if isinstance(t, Moment):
-            if t.row is None or not all(t.table.knows(module) for module in self._modules()):
+            if t.row is None:
                 return None
             exact = t.table.exact
         same_kernels = exact, plain_is_wanted()
         return type(t), latents.shape, latents.dtype, captions.lengths, captions.tokens_BLD.dtype, same_kernels
+
+    def _is_known(self, t: Any) -> bool:
+        """Whether an earlier forward has worked out what the network makes of this moment; a plain time needs none."""
+        return not isinstance(t, Moment) or all(t.table.knows(module) for module in self._modules())
 
     def _modules(self) -> Iterator[Any]:
         """Those that ask for their factors."""

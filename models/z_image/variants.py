@@ -69,6 +69,9 @@ class Variant:
     extra_def: Mapping[str, Any] = field(default_factory=dict)
 
 
+# Our own key. Wan2GP's changelog tells of black frames with SageAttention 1 and of banding with 2 on this model.
+_BASE_DEF: Mapping[str, Any] = {"unsafe_attention": ["sage", "sage2"]}
+
 _ROWS = (
     # "guidance_optional" is our own: the page offers guidance, which Turbo can do without.
     Variant(architecture="z_image", nag=True, default_settings=_TURBO_DEFAULTS, extra_def={"guidance_optional": True}),
@@ -78,6 +81,7 @@ _ROWS = (
         flow_shift=True,
         equivalent_to="z_image",
         default_settings={"guidance_scale": 4, "num_inference_steps": 30, "flow_shift": 6.0},
+        extra_def=_BASE_DEF,
     ),
     Variant(
         architecture="z_image_control",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,27 @@ BF16_CAPABILITY = 80
 
 GIB = 2**30
 
-# Wan2GP's names for attention, and the Python package behind each that torch does not bring along.
+# Wan2GP's names for attention and two more, and the Python package behind each that torch does not bring along.
 ATTENTION_PACKAGES: Mapping[str, str | None] = {
     "sdpa": None,
+    "cudnn": None,
+    "flash": "flash_attn",
+    "flash3": "flash_attn_interface",
+    "xformers": "xformers",
     "sage": "sageattention",
     "sage2": "sageattention",
-    "flash": "flash_attn",
-    "xformers": "xformers",
 }
-SUPPORTED_ATTENTION = ("sdpa",)
+# Compute capabilities that each has code for: oldest and newest, None for no end.
+_ATTENTION_CAPABILITIES: Mapping[str, tuple[int, int | None]] = {
+    "cudnn": (80, None),
+    "flash": (80, None),
+    "flash3": (90, 90),
+    "xformers": (75, None),
+    "sage": (80, None),
+    "sage2": (80, None),
+}
+# Round queries and keys to 8 bits: never taken by themselves.
+_ROUNDING_ATTENTION = ("sage", "sage2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +112,16 @@ def choose_dtype(device: DeviceInfo) -> tuple[torch.dtype, str]:
     )
 
 
-def choose_attention(requested: str, preset_rule: str | None, device: DeviceInfo) -> tuple[str, str]:
-    """The attention to compute with, and why.
+def choose_attention(
+    requested: str, preset_rule: str | None, device: DeviceInfo, unsafe: Sequence[str] = ()
+) -> tuple[str, str]:
+    """The attention to compute with, and why. "auto" on an NVIDIA GPU: a race when the model is loaded decides.
 
-    requested: "auto" (or ""), or one of Wan2GP's names (ATTENTION_PACKAGES).
+    requested: "auto" (or ""), or one of ATTENTION_PACKAGES. unsafe: those that spoil this model's pictures.
     preset_rule: what the preset prescribes for this GPU (its `attention` entry), or None. A prescription wins over
-        the request, because presets ship it where a faster attention spoils the picture; one that this program
-        does not have is passed over, as Wan2GP does.
-    Raises UserError for an unknown request, or one that is not installed or not supported.
+        the request, because presets ship it where a faster attention spoils the picture; one that cannot be used
+        here is passed over, as Wan2GP does.
+    Raises UserError for an unknown request, or one that cannot be used here.
     """
     mode = requested.strip().lower() or "auto"
     if mode != "auto" and mode not in ATTENTION_PACKAGES:
@@ -114,15 +129,59 @@ def choose_attention(requested: str, preset_rule: str | None, device: DeviceInfo
         hint = f"Did you mean {close[0]!r}? " if close else ""
         known = ", ".join(("auto", *ATTENTION_PACKAGES))
         raise UserError(f"Unknown attention {requested!r}.", f"{hint}Choose from: {known}.")
-    if preset_rule in SUPPORTED_ATTENTION:
+    refused = None if preset_rule is None else why_no_attention(preset_rule, device, unsafe)
+    if preset_rule is not None and refused is None:
         instead = f", instead of {mode}" if mode not in ("auto", preset_rule) else ""
         return preset_rule, f"the preset prescribes it on this device{instead}"
-    passed_over = f"; the preset's {preset_rule} is not supported yet" if preset_rule else ""
+    passed_over = f"; the preset's {preset_rule} cannot be used: {refused}" if preset_rule else ""
     if mode == "auto":
+        racing = attention_candidates(device)
+        if len(racing) > 1:
+            return mode, f"the fastest of {', '.join(racing)} when the model is loaded{passed_over}"
         return "sdpa", f"torch's own attention, which picks the fastest of its kernels{passed_over}"
-    if mode in SUPPORTED_ATTENTION:
-        return mode, f"asked for{passed_over}"
-    raise UserError(f"Attention {mode!r} cannot be used: {_why_not(mode, device)}.", "Use --attention auto or sdpa.")
+    if (reason := why_no_attention(mode, device, unsafe)) is not None:
+        raise UserError(f"Attention {mode!r} cannot be used: {reason}.", "Use --attention auto or sdpa.")
+    return mode, f"asked for{passed_over}"
+
+
+def attention_candidates(device: DeviceInfo) -> tuple[str, ...]:
+    """What "auto" chooses among on this device: whatever rounds no more than torch's own does."""
+    exact = (mode for mode in ATTENTION_PACKAGES if mode not in _ROUNDING_ATTENTION)
+    return tuple(mode for mode in exact if why_no_attention(mode, device) is None)
+
+
+def why_no_attention(mode: str, device: DeviceInfo, unsafe: Sequence[str] = ()) -> str | None:
+    """Why this attention cannot be used on the device; None when it can, as far as it shows without trying it."""
+    if mode == "sdpa":
+        return None
+    if mode not in ATTENTION_PACKAGES:
+        return "there is no such attention"
+    if mode in unsafe:
+        return "it spoils this model's pictures"
+    if device.kind != "cuda":
+        return f"it needs an NVIDIA GPU, and the device is {device.kind}"
+    oldest, newest = _ATTENTION_CAPABILITIES[mode]
+    found = device.capability or 0
+    if found < oldest or (newest is not None and found > newest):
+        wanted = f"{_dotted(oldest)} or newer" if newest is None else _dotted(oldest)
+        return f"it needs compute capability {wanted}, this GPU has {_dotted(found)}"
+    package = ATTENTION_PACKAGES[mode]
+    if package is not None and importlib.util.find_spec(package) is None:
+        return f"the package {package} is not installed"
+    if package == "sageattention" and mode != _sage_of(version := _version_of(package)):
+        return f"sageattention {version} is installed, which is {_sage_of(version)}"
+    return None
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # beside the path without its metadata
+        return ""
+
+
+def _sage_of(version: str) -> str:
+    return "sage" if version.startswith(("0.", "1.")) else "sage2"
 
 
 def ram_bytes() -> int:
@@ -220,15 +279,6 @@ def _bf16_unit(features: Mapping[str, Any]) -> str | None:
     """The instructions that multiply bfloat16, by their public name; None when the CPU has none."""
     units = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm BF16"}
     return next((name for key, name in units.items() if features.get(key)), None)
-
-
-def _why_not(mode: str, device: DeviceInfo) -> str:
-    package = ATTENTION_PACKAGES[mode]
-    if device.kind != "cuda":
-        return f"it needs an NVIDIA GPU, and the device is {device.kind}"
-    if package is not None and importlib.util.find_spec(package) is None:
-        return f"the package {package} is not installed"
-    return "this version does not support it yet"
 
 
 def _dotted(capability: int) -> str:

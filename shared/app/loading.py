@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.app.device import attention_candidates
 from shared.app.loras import Strength
 from shared.app.parts import TOKENIZER, WORDS, file_identities, part_keys
 from shared.app.plan import VAE_DTYPE, GenerationPlan, requested_profile
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from shared.quant.kernels.resolve import Resolved
 
 logger = logging.getLogger(__name__)
+
+DIRECT = "direct"  # the offloader that leaves weights where they are
 
 # Roles of the files that a model is loaded from.
 WEIGHTS = ("transformer", "module", "text_encoder", "vae")
@@ -189,6 +192,7 @@ class ModelHolder:
         kernels = self._resolve(plan, list(modules.values()))
         offloader = make_offloader(plan.machine.device, plan.placement, profile)
         processor.device = offloader.device
+        self._prepare(plan, processor, offloader)
         logger.info("%s: %s, because %s", plan.preset.id, offloader.describe(), plan.offload.reason)
         return LoadedModel(
             key=key,
@@ -199,6 +203,16 @@ class ModelHolder:
             prompts=prompts,
             kernels=kernels,
         )
+
+    def _prepare(self, plan: GenerationPlan, processor: Any, offloader: Offloader) -> None:
+        """Let the model choose how to compute on its device, now that this is known."""
+        prepare = getattr(processor, "prepare", None)  # what a Wan2GP family lacks
+        if prepare is None:
+            return
+        asked = plan.attention.value
+        attention = attention_candidates(plan.machine.device) if asked == "auto" else (asked,)
+        found = prepare(attention, records=offloader.name == DIRECT)
+        logger.info("%s: %s", plan.preset.id, found)
 
     def _add_text_encoder(self, plan: GenerationPlan, module: nn.Module) -> None:
         """Put the text encoder, which is needed now, where the other modules are or are to be."""

@@ -149,7 +149,8 @@ def make_plan(
     machine = _in_safer_type(machine, remembered)
     rule = attention_rule(preset, machine.device.capability)
     requested = str(getattr(ctx.args, "attention", "") or ctx.config.get("attention") or "auto")
-    attention = Choice(*choose_attention(requested, rule, machine.device))
+    unsafe = preset.model_def.get("unsafe_attention") or ()
+    attention = Choice(*choose_attention(requested, rule, machine.device, unsafe))
     if requested != "auto":
         remembered = {name: why for name, why in remembered.items() if name != "attention"}
     elif "attention" in remembered:

@@ -73,8 +73,7 @@ def test_a_runs_moments_are_the_same_bits(network: ZImageTransformer, graphed: G
             got = graphed(latents, Moment(table, step), captions)
 
             assert torch.equal(got, network(latents, Moment(expected, step), captions))
-    # The first forward of each run works the factors out.
-    assert graphed.replayed == 2 * 3 - 1
+    assert graphed.replayed == 2 * 3  # the first forward of each run works the factors out
 
 
 def test_captions_of_different_length_are_replayed_with_their_mask(
@@ -103,14 +102,14 @@ def test_each_size_has_a_recording_and_few_are_kept(
     assert recorder.dropped == 1  # before the fifth
 
 
-def test_a_changed_model_is_recorded_anew(network: ZImageTransformer, recorder: FakeRecorder) -> None:
-    version = [0]
-    graphed = GraphedForwards(network, recorder, lambda: version[0])
+def test_what_hangs_on_the_weights_is_recorded_anew_after_a_drop(
+    network: ZImageTransformer, graphed: GraphedForwards, recorder: FakeRecorder
+) -> None:
     captions = captions_of(network, 5)
     before = [graphed(latents_of(0), TIMES[:1], captions) for _ in range(3)][-1]
 
     hook = network.layers[0].feed_forward.w2.register_forward_hook(lambda _module, _args, out: 2 * out)
-    version[0] += 1
+    graphed.drop()
     after = [graphed(latents_of(0), TIMES[:1], captions) for _ in range(3)]
     expected = network(latents_of(0), TIMES[:1], captions)
     hook.remove()
@@ -118,6 +117,39 @@ def test_a_changed_model_is_recorded_anew(network: ZImageTransformer, recorder: 
     assert recorder.recordings == 2
     assert all(torch.equal(result, expected) for result in after)
     assert not torch.equal(before, expected)
+
+
+def test_weights_that_were_moved_are_recorded_anew_and_others_are_not(recorder: FakeRecorder) -> None:
+    network = randomise(ZImageTransformer(TINY), seed=2)
+    assert isinstance(network, ZImageTransformer)
+    graphed = GraphedForwards(network, recorder)
+    captions = captions_of(network, 5)
+
+    def run() -> Tensor:
+        graphed.begin()
+        return [graphed(latents_of(0), TIMES[:1], captions) for _ in range(3)][-1]
+
+    first, again = run(), run()
+    recorded = recorder.recordings
+    weight = network.layers[1].attention.out.weight
+    weight.data = weight.data * 2
+    moved = run()
+
+    assert torch.equal(first, again) and recorded == 1
+    assert recorder.recordings == 2
+    assert torch.equal(moved, network(latents_of(0), TIMES[:1], captions)) and not torch.equal(moved, first)
+
+
+def test_a_stopped_one_records_nothing_more(
+    network: ZImageTransformer, graphed: GraphedForwards, recorder: FakeRecorder
+) -> None:
+    captions = captions_of(network, 5)
+    graphed.stop()
+
+    for _ in range(3):
+        graphed(latents_of(0), TIMES[:1], captions)
+
+    assert recorder.recordings == 0
 
 
 def test_what_hangs_on_more_than_its_inputs_is_not_recorded(

@@ -49,8 +49,8 @@ CONTROL2_DEF = CONTROL_DEF | {
     "inpaint_video_prompt_type": "VA",
 }
 # Keys that Wan2GP's own handler does not set: samplers, which a host offers as it does for other families, and whether
-# a model made to do without guidance may have it, which a host ignores.
-OURS = ("sample_solvers", "guidance_optional")
+# a model made to do without guidance may have it, and which attention spoils its pictures, which a host ignores.
+OURS = ("sample_solvers", "guidance_optional", "unsafe_attention")
 MODEL_DEFS = {
     "z_image": COMMON_DEF | {"NAG": True},
     "z_image_base": COMMON_DEF | {"guidance_max_phases": 1, "flow_shift": True},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 
 import pytest
 import torch
 
 from shared.app import device as device_module
-from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect
+from shared.app.device import DeviceInfo, attention_candidates, choose_attention, choose_dtype, detect
 from shared.quant.errors import UserError
 from tests.support.fake_cuda import fake_cuda
 
@@ -150,25 +152,61 @@ def test_a_presets_rule_wins_over_the_request_and_the_reason_says_so() -> None:
     assert "instead of sage2" in reason
 
 
-def test_a_rule_for_an_attention_that_is_not_supported_is_passed_over_by_name() -> None:
-    mode, reason = choose_attention("auto", "sage2", ADA)
+@pytest.fixture
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Attention packages that count as installed, with their versions; none at first."""
+    installed: dict[str, str] = {}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in installed else None)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: installed[name])
+    return installed
+
+
+@pytest.mark.usefixtures("packages")
+def test_a_rule_for_an_attention_that_cannot_be_used_is_passed_over_by_name() -> None:
+    mode, reason = choose_attention("sdpa", "sage2", ADA)
 
     assert mode == "sdpa"
-    assert "sage2 is not supported yet" in reason
+    assert "the preset's sage2 cannot be used: the package sageattention is not installed" in reason
 
 
-def test_an_attention_whose_package_is_missing_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
+@pytest.mark.usefixtures("packages")
+def test_an_attention_whose_package_is_missing_names_the_package() -> None:
     with pytest.raises(UserError, match="package sageattention is not installed"):
         choose_attention("sage2", None, ADA)
 
 
-def test_an_installed_attention_that_is_not_supported_yet_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+def test_on_a_gpu_all_that_round_no_more_than_torch_race(packages: dict[str, str]) -> None:
+    packages |= {"flash_attn": "2.8", "flash_attn_interface": "3.0", "sageattention": "2.2"}
+    hopper = dataclasses.replace(ADA, capability=90)
 
-    with pytest.raises(UserError, match="does not support it yet"):
-        choose_attention("flash", None, ADA)
+    assert attention_candidates(ADA) == ("sdpa", "cudnn", "flash")
+    assert attention_candidates(hopper) == ("sdpa", "cudnn", "flash", "flash3")
+    mode, reason = choose_attention("auto", None, ADA)
+    assert (mode, reason) == ("auto", "the fastest of sdpa, cudnn, flash when the model is loaded")
+
+
+def test_what_spoils_a_models_pictures_is_refused_to_rule_and_request(packages: dict[str, str]) -> None:
+    packages["sageattention"] = "2.2"
+
+    assert choose_attention("sage2", None, ADA)[0] == "sage2"
+    with pytest.raises(UserError, match="it spoils this model's pictures"):
+        choose_attention("sage2", None, ADA, ["sage", "sage2"])
+    assert choose_attention("sdpa", "sage2", ADA, ["sage", "sage2"])[0] == "sdpa"
+
+
+def test_an_attention_that_has_no_code_for_the_card_says_for_which(packages: dict[str, str]) -> None:
+    packages["flash_attn_interface"] = "3.0"
+
+    with pytest.raises(UserError, match=r"needs compute capability 9\.0, this GPU has 8\.9"):
+        choose_attention("flash3", None, ADA)
+
+
+def test_sage_of_the_other_generation_is_told_apart(packages: dict[str, str]) -> None:
+    packages["sageattention"] = "1.0.6"
+
+    assert choose_attention("sage", None, ADA)[0] == "sage"
+    with pytest.raises(UserError, match=r"sageattention 1\.0\.6 is installed, which is sage"):
+        choose_attention("sage2", None, ADA)
 
 
 def test_gpu_attention_on_a_cpu_says_what_it_needs() -> None:
