@@ -56,6 +56,7 @@ LIBRARIES = {
     "optimum-quanto": (False, "int8 files as mmgp makes them"),
     "gguf": (False, "GGUF files"),
     "comfy-kitchen": (False, "kernels for packed weights"),
+    "triton": (False, "fused kernels on NVIDIA GPUs; comes with torch for CUDA"),
     "gradio": (False, "the web page"),
     "bitsandbytes": (False, "writes nf4 files; reading them needs nothing"),
 }
