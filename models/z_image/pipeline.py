@@ -210,7 +210,7 @@ class ZImagePipeline:
         exact: in the VAE's own type; else, beside a bfloat16 transformer, in bfloat16 where that is quicker.
         """
         quick = None
-        if not exact and self.transformer.dtype == torch.bfloat16:
+        if not exact and self.device.type == "cpu" and self.transformer.dtype == torch.bfloat16:
             quick = self._quick_decoder = self._quick_decoder or autoencoder.quick_decoder(self.vae)
         return torch.cat([autoencoder.decode(self.vae, z[None], tile, quick).cpu() for z in latents])
 
