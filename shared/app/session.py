@@ -368,7 +368,10 @@ class _Run:
         """Load the model of the plan and draw every picture that is not drawn yet."""
         began = time.perf_counter()
         self._stage = "load"
-        self._tile = None if plan.placement is None else plan.placement.tile
+        placed = plan.placement
+        self._tile = None if placed is None else placed.tile
+        if placed is not None and (placed.engine != "direct" or len(placed.sentences) > 1):
+            self._announce(Status(placed.words))  # something is done about memory
         orders = [settings.host_kwargs() | edit.prompt_kwargs for settings in self._alone]
         model = self._model.ensure(plan, lambda words: self._announce(Status(words)), orders)
         self._kernels = [f"{k.layers} {k.packing} layers by {k.kernel}" for k in model.kernels]
@@ -411,7 +414,8 @@ class _Run:
         self._announce(Status(f"{error.message} Drawing again in {wider}: {why}."))
         self._remember(plan, {"dtype": why})
         machine = Machine(plan.machine.device, Choice(wider, why))
-        return make_plan(self._ctx, self._preset, self._settings, machine)
+        relief = self._reliefs.get(_memory_key(self._preset, self._settings))
+        return make_plan(self._ctx, self._preset, self._settings, machine, relief)
 
     def _remember(self, plan: GenerationPlan, choices: Mapping[str, str]) -> None:
         """Begin with these choices next time; a folder that cannot be written is no reason not to draw."""
