@@ -121,8 +121,9 @@ def fastest(candidates: tuple[Backend, ...], device: torch.device, dtype: torch.
 
     A candidate that fails or gives other numbers than sdpa is passed over, and its fault told.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, TOKENS, width, generator=generator).to(device, dtype) for _ in range(3))
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape = (1, heads, TOKENS, width)
+    q, k, v = (torch.randn(shape, generator=generator, device="cpu").to(device, dtype) for _ in range(3))
     expected = sdpa(q, k, v).float()
     fit, said = [SDPA], []
     for candidate in candidates:

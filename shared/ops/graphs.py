@@ -53,7 +53,9 @@ class CudaRecorder:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         before = torch.cuda.memory_reserved(self._device)
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may use the GPU meanwhile, for a preview or another model's weights.
+        capture = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
+        with torch.cuda.device(self._device), capture:
             out = work()
         self._bytes += max(torch.cuda.memory_reserved(self._device) - before, 0)
         return CudaRecording(graph, out)
