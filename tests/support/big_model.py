@@ -1,71 +1,38 @@
-"""Measure what converting the 6B model takes: a sparse file of its size, of which some layers hold numbers.
+"""Use the 6B model at its real size, with random numbers, and measure what that takes. Linux only.
 
-    python -m tests.support.big_model --format svdq_int4 --only "layers\\.0\\.feed_forward\\.w13" --folder /somewhere
+    python -m tests.support.big_model write FOLDER [--int8]    files of the real sizes (big_files.py), 20 to 25 GB
+    python -m tests.support.big_model run [--out FILE --row NAME] -- generate "a tree" --preset z_image --ckpts FOLDER
 
-The file is 12.3 GB long but takes only the disk space of the layers named, which are the ones converted. Prints one
-JSON object: peak MiB of memory that is the process's own (RssAnon), against that after all imports. Weights that are
-mapped from the file are the page cache's and do not count. --turns: fewer turns of SVDQuant take less time and as much
-memory. Linux only.
+`run` starts wgp.py with what follows, looks at its memory fifty times a second, and prints one JSON object: CPU seconds
+and the peaks in MiB, of what is the process's own (RssAnon), of what lies in mapped files (RssFile), which is the page
+cache's and goes when it is wanted elsewhere, and of both. --out adds the figures to a result file of wgp.py bench, as
+the case C4. big_conversion.py measures the conversion of single layers.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
-import struct
-import tempfile
+import os
+import resource
+import subprocess
+import sys
 import threading
 import time
-from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from models.z_image import conversion
-from models.z_image.config import TransformerConfig
-from models.z_image.transformer import ZImageTransformer
-from shared.quant import svdquant  # noqa: F401 - what is imported later would count
-from shared.quant.convert import Conversion, Means, convert, plan_conversion
-from shared.quant.formats import svdq
-from shared.quant.inputs import SAMPLE_ROWS, Inputs
-from shared.quant.packings.svdq import Kind
-from shared.quant.recipe import Recipe
-from shared.quant.targets import Quantize, targets
-
-
-def write_sparse(path: Path, filled: re.Pattern[str]) -> None:
-    """The 6B model in official names and bfloat16; numbers only in the modules that fit `filled`, else zeros."""
-    with torch.device("meta"):
-        model = ZImageTransformer(TransformerConfig())
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith("feed_forward.w13.weight"):
-            rows, columns = parameter.shape
-            shapes |= {name.replace("w13", half): (rows // 2, columns) for half in ("w1", "w3")}
-        else:
-            shapes[name] = tuple(parameter.shape)
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-        for name, shape in shapes.items():
-            if filled.fullmatch(re.sub(r"feed_forward\.w[13]\b", "feed_forward.w13", name).removesuffix(".weight")):
-                file.seek(8 + len(text) + header[name]["data_offsets"][0])
-                for _ in range(shape[0] // 128):
-                    file.write((torch.randn(128, *shape[1:]) * 0.02).bfloat16().view(torch.uint8).numpy().tobytes())
+PROGRAM = Path(__file__).parents[2]
+KINDS = ("RssAnon", "RssFile", "VmRSS")
 
 
 class PeakMemory:
-    """A context manager that looks at the process's own memory a hundred times a second. mib: the most it saw."""
+    """A context manager that watches a process's memory. mib: the most it saw, by kind."""
 
-    def __init__(self) -> None:
-        self.mib = 0.0
+    def __init__(self, pid: int | str = "self", *, every: float = 0.01) -> None:
+        self.mib = dict.fromkeys(KINDS, 0.0)
+        self._status, self._every = Path(f"/proc/{pid}/status"), every
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -78,83 +45,89 @@ class PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.mib = max(self.mib, own_memory_mib())
+        while not self._stop.wait(self._every):
+            for kind, mib in memory_mib(self._status).items():
+                self.mib[kind] = max(self.mib[kind], mib)
 
 
-def own_memory_mib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("RssAnon:")[2].split()[0]) / 1024
+def memory_mib(status: Path = Path("/proc/self/status")) -> dict[str, float]:
+    """MiB by kind; {} for a process that has ended."""
+    try:
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return {kind: int(lines[kind].split()[0]) / 1024 for kind in KINDS if kind in lines}
 
 
-def made_up(planned: Conversion, module: str) -> Inputs:
-    columns = next(job.shapes["weight"][1] for job in planned.jobs if job.source == module)
-    rows = torch.randn(SAMPLE_ROWS, columns)
-    return Inputs(rows.square().mean(dim=0).sqrt(), rows.abs().amax(dim=0), rows)
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Run wgp.py with these arguments; what it took, and the JSON object that it ends with, if it was asked for one."""
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "wgp.py", *arguments]
+    with (
+        subprocess.Popen(command, cwd=PROGRAM, stdout=subprocess.PIPE, text=True) as process,
+        PeakMemory(process.pid, every=0.02) as peak,
+    ):
+        output, _ = process.communicate()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if process.returncode:
+        raise SystemExit(f"wgp.py ended with {process.returncode}")
+    last = (output.strip().splitlines() or [""])[-1]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "command": "wgp.py " + " ".join(arguments),
+        "threads": os.environ.get("OMP_NUM_THREADS", "all"),
+        "cpu_seconds": round(cpu, 1),
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "own_peak_mib": round(peak.mib["RssAnon"]),
+        "mapped_peak_mib": round(peak.mib["RssFile"]),
+        "rss_peak_mib": round(peak.mib["VmRSS"]),
+        "result": json.loads(last) if last.startswith("{") else None,
+    }
 
 
-def in_turns(kind: Kind, turns: int) -> Quantize:
-    def quantize(
-        weight: torch.Tensor, parts: int, rank: int, *, inputs: Inputs | None = None, learned_rounding: bool = False
-    ) -> dict[str, torch.Tensor]:
-        return svdq.quantize(
-            weight,
-            kind=kind,
-            rank=rank,
-            parts=parts,
-            iterations=turns,
-            inputs=inputs,
-            learned_rounding=learned_rounding,
-        )
+def keep(path: Path, row: str, found: dict[str, Any]) -> None:
+    """Add a run to a result file of wgp.py bench, beside the other rows of its case C4."""
+    from shared.bench import results
+    from shared.bench.machine import commit, state, this_machine, versions
 
-    return quantize
+    machine = this_machine()
+    earlier = results.read(path).cases.get("C4") if path.exists() else None
+    rows = [r for r in (earlier.rows if earlier else ()) if r.row != row]
+    seconds = {f"{stage}_seconds": took for stage, took in (found["result"] or {}).get("seconds", {}).items()}
+    values = {name: value for name, value in found.items() if name != "result"} | seconds
+    record = results.Record(
+        case="C4",
+        date=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        commit=commit(PROGRAM),
+        command="python -m tests.support.big_model run",
+        how="one run of the program in a process of its own, random weights of the real size",
+        versions=versions(),
+        after=state(),
+        rows=[*rows, results.Row(row, "ours", values)],
+    )
+    results.merge(path, machine, [record])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--format", default="svdq_int4")
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--error-lora", type=int, default=0)
-    parser.add_argument("--learned-rounding", action="store_true", help="with 512 made-up rows of inputs of each layer")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--only", default=r"layers\.0\.feed_forward\.w13", help="our modules to convert")
-    parser.add_argument("--folder", type=Path, default=None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="do", required=True)
+    write = commands.add_parser("write")
+    write.add_argument("folder", type=Path)
+    write.add_argument("--int8", action="store_true", help="also a text encoder in int8")
+    running = commands.add_parser("run")
+    running.add_argument("--out", type=Path, help="a result file of wgp.py bench to add the figures to")
+    running.add_argument("--row", default="256x256, 2 forwards", help="what to call them there")
+    running.add_argument("arguments", nargs="+", help="wgp.py's, after --")
     args = parser.parse_args()
-    only = re.compile(args.only)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        source = Path(folder) / "sparse.safetensors"
-        write_sparse(source, only)
-        before = own_memory_mib()
-        began = time.monotonic()
-        with PeakMemory() as peak:
-            known = dict(targets())
-            for name, kind in (("svdq_int4", "int4"), ("svdq_fp4", "fp4")):
-                known[name] = replace(known[name], quantize=in_turns(kind, args.turns))
-            recipe = Recipe.load(conversion.RECIPES / f"{args.format}.json", [*known, "bf16", "fp16"])
-            planned = plan_conversion(conversion.open_model(source), recipe, known)
-            planned = replace(planned, jobs=tuple(job for job in planned.jobs if only.fullmatch(job.source)))
-            reports = convert(
-                planned,
-                Path(folder) / "out.safetensors",
-                rank=args.rank,
-                metadata={},
-                identity=None,
-                on_progress=lambda done, total, module: None,
-                means=Means(
-                    rank=args.rank,
-                    error_lora_rank=args.error_lora,
-                    learned_rounding=args.learned_rounding,
-                    inputs=lambda module: made_up(planned, module) if args.learned_rounding else None,
-                ),
-            )
-        found = {
-            "source_bytes": source.stat().st_size,
-            "layers": {r.module: [list(r.shape), r.format, round(r.relative_error, 4)] for r in reports},
-            "own_mib_before": round(before),
-            "own_mib_peak": round(peak.mib),
-            "seconds": round(time.monotonic() - began),
-        }
+    if args.do == "write":
+        from tests.support.big_files import write_model
+
+        write_model(args.folder, int8_encoder=args.int8)
+        return
+    found = run(args.arguments)
     print(json.dumps(found))  # noqa: T201 - a program of its own
+    if args.out:
+        keep(args.out, args.row, found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""Files of the 6B model's real sizes and names, of random numbers: for what needs the size and not the picture.
+
+They lie in a folder as a download would put them, so that the shipped presets draw with them:
+
+    wgp.py generate "..." --preset z_image --ckpts FOLDER            bf16: 12.3 GB, text encoder 8.0 GB, VAE 0.2 GB
+    wgp.py generate "..." --preset z_image_int8 --ckpts FOLDER       int8 text encoder 4.4 GB; its transformer is to be
+                                                                     made of the bf16 one by wgp.py quantize
+
+The tokenizer is the demo's. Numbers are taken from a pool of 2^24 normal ones, whose length is prime, so that no two
+rows of a matrix are alike, and scaled so that every layer keeps the size of what goes through it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.z_image.config import TransformerConfig
+from models.z_image.transformer import ZImageTransformer
+from models.z_image.variants import (
+    SCHEDULER_CONFIG_FILE,
+    TEXT_ENCODER_FILES,
+    TEXT_ENCODER_FOLDER,
+    TOKENIZER_FILES,
+    VAE_CONFIG_FILE,
+    VAE_FILE,
+)
+
+TRANSFORMER_FILE = "ZImageTurbo_bf16.safetensors"
+INT8_TRANSFORMER_FILE = "ZImageTurbo_quanto_bf16_int8.safetensors"
+
+POOL = 16_777_259  # a prime just above 2^24
+_DEMO = Path(__file__).parents[2] / "models" / "z_image" / "demo"
+
+# Qwen/Qwen3-4B config.json.
+QWEN3 = {
+    "vocab_size": 151936, "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+
+# Flux's VAE: diffusers' config.json.
+VAE = {
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 32,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159,
+}  # fmt: skip
+
+Shapes = Mapping[str, tuple[int, ...]]
+# The bytes of one tensor in some pieces: (name, shape) -> pieces.
+Fill = Callable[[str, tuple[int, ...]], Iterator[bytes]]
+
+
+def transformer_shapes() -> dict[str, tuple[int, ...]]:
+    """The 6B transformer in the official names: qkv in one, w1 and w3 apart."""
+    with torch.device("meta"):
+        model = ZImageTransformer(TransformerConfig())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("feed_forward.w13.weight"):
+            rows, columns = parameter.shape
+            shapes |= {name.replace("w13", half): (rows // 2, columns) for half in ("w1", "w3")}
+        else:
+            shapes[name] = tuple(parameter.shape)
+    return shapes
+
+
+def encoder_shapes() -> dict[str, tuple[int, ...]]:
+    """Qwen3-4B in Hugging Face's names."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    with torch.device("meta"):
+        model = Qwen3Model(Qwen3Config(**QWEN3))
+    return {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def vae_shapes() -> dict[str, tuple[int, ...]]:
+    """The VAE in diffusers' names."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        model = AutoencoderKL(**VAE)
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fill: Fill | None) -> None:
+    """A file of tensors by name -> (number type, shape). fill: their bytes; None leaves a sparse file of zeros."""
+    sizes = {"BF16": 2, "I8": 1, "F32": 4}
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        if fill is None:
+            file.truncate(8 + len(text) + end)
+            return
+        for name, (_, shape) in tensors.items():
+            file.writelines(fill(name, shape))
+
+
+class Numbers:
+    """Random numbers of the same kind for every file, in bf16 and as the codes of int8."""
+
+    def __init__(self, seed: int = 0) -> None:
+        numbers = torch.randn(POOL, generator=torch.Generator().manual_seed(seed))
+        self._bf16 = {scale: (numbers * scale).bfloat16().view(torch.uint8).numpy() for scale in _SCALES}
+        self._codes = (numbers * (127 / 4)).round().clamp(-127, 127).to(torch.int8).numpy()
+        self._at = 0
+
+    def bf16(self, name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
+        """Norms of ones, biases and pad tokens of zeros, weights of normal numbers."""
+        count = torch.Size(shape).numel()
+        if len(shape) == 1:
+            value = 1.0 if name.endswith("weight") else 0.0
+            yield torch.full((count,), value, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+            return
+        columns = torch.Size(shape[1:]).numel()
+        scale = min(_SCALES, key=lambda known: abs(known - columns**-0.5))
+        yield from self._pieces(self._bf16[scale], 2, count)
+
+    def quanto(self, name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
+        """What bf16() says, and int8 codes behind `_data`, scales behind `_scale`."""
+        if name.endswith("_data"):
+            yield from self._pieces(self._codes, 1, torch.Size(shape).numel())
+        elif name.endswith("_scale"):
+            scale = torch.full(shape, 0.02 * 4 / 127, dtype=torch.bfloat16)
+            yield scale.view(torch.uint8).numpy().tobytes()
+        else:
+            yield from self.bf16(name, shape)
+
+    def _pieces(self, pool: np.ndarray, size: int, count: int) -> Iterator[bytes]:
+        """`count` numbers of `size` bytes, where the last ones ended, from the beginning again at the end."""
+        while count:
+            taken = min(count, POOL - self._at)
+            yield pool[self._at * size : (self._at + taken) * size].tobytes()
+            count, self._at = count - taken, (self._at + taken) % POOL
+
+
+# Powers of two near one over the square root of a row's length: a product of them keeps the size of its input.
+_SCALES = tuple(2.0**-n for n in range(2, 8))
+
+
+def write_model(folder: Path, *, int8_encoder: bool = False) -> None:
+    """Write what is not there yet: transformer, text encoder (bf16, or int8 too), VAE, tokenizer, configurations."""
+    numbers = Numbers()
+
+    def plain(path: Path, shapes: Shapes) -> None:
+        if not path.exists():
+            write_safetensors(path, {name: ("BF16", shape) for name, shape in shapes.items()}, numbers.bf16)
+
+    plain(folder / TRANSFORMER_FILE, transformer_shapes())
+    plain(folder / TEXT_ENCODER_FOLDER / TEXT_ENCODER_FILES[0], encoder_shapes())
+    plain(folder / VAE_FILE, vae_shapes())
+    packed = folder / TEXT_ENCODER_FOLDER / TEXT_ENCODER_FILES[1]
+    if int8_encoder and not packed.exists():
+        write_safetensors(packed, _quanto(encoder_shapes()), numbers.quanto)
+    (folder / VAE_CONFIG_FILE).write_text(json.dumps(VAE))
+    (folder / SCHEDULER_CONFIG_FILE).write_text(json.dumps({"shift": 3.0}))
+    for name in TOKENIZER_FILES:
+        source, target = _DEMO / "text_encoder" / name, folder / TEXT_ENCODER_FOLDER / name
+        if source.exists():
+            shutil.copyfile(source, target)
+        else:  # vocab.json and merges.txt say again what tokenizer.json says, which is read
+            target.write_text("{}")
+
+
+def _quanto(shapes: Shapes) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Matrices as quanto's int8, but the table of words, which its files leave as it is."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if len(shape) == 2 and "embed_tokens" not in name:
+            tensors |= {f"{name}._data": ("I8", shape), f"{name}._scale": ("BF16", (shape[0], 1))}
+        else:
+            tensors[name] = ("BF16", shape)
+    return tensors
