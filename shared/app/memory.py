@@ -13,7 +13,8 @@ All figures are in MiB (2**20 bytes). The estimate reads file headers only and n
     decode   = pixels x channels x VAE bytes x live; in tiles 2 x picture + live x tile
                channels = those that enter the decoder's last stage
                live = 3 on a GPU: input, normalised input, output of one layer; 4.6 on a CPU, measured, whose
-               convolutions copy their input and output into an order of their own
+               convolutions copy their input and output into an order of their own; 3.5 in bfloat16, of which the last
+               norm, in float32, takes the most. On a CPU the picture itself counts, too
 
     RAM of a stage on the CPU  = base + all weights used up to then + LoRAs + the stage's working memory; a text
                                  encoder's that are mapped from the file are let go of before drawing
@@ -39,12 +40,14 @@ MIB = 2**20
 STAGES: Mapping[str, str] = {"text": "text_encoder", "denoise": "transformer", "decode": "vae"}
 """Stage -> the module that works in it, in the order in which they come."""
 
-BASE_MB = 480.0  # Python, torch, transformers and diffusers in use, nothing loaded; Linux x86-64, CPU build
+BASE_MB = 407.0  # Python, torch and transformers in use, nothing loaded; measured on Linux x86-64, CPU build
 _PROMPT_TOKENS = 512  # longest prompt the text encoder takes
 _PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
 _CELL_PIXELS = 8
 _UNKNOWN_CHANNELS = 256  # the published Z-Image (Flux) VAE's
-_LIVE_ON_GPU, _LIVE_ON_CPU = 3.0, 4.6
+_LIVE_ON_GPU, _LIVE_ON_CPU, _LIVE_ON_CPU_IN_BF16 = 3.0, 4.6, 3.5
+_PICTURE_BYTES = 80  # per pixel on a CPU: the picture in float32, a few times over, and as 8 bits
+_DECODER_SHARE = 0.6  # of a VAE's weights
 _STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
 _BLOCK_TENSORS = 4  # a numbered module of fewer tensors is no block, but a layer of some small stack
 _PLAIN_DTYPES = {
@@ -133,12 +136,14 @@ def estimate_memory(
     guided: bool,
     loras: Sequence[Path] = (),
     on_cpu: bool = True,
+    decode_bytes: int | None = None,
 ) -> MemoryEstimate:
     """Weights and working sets from the headers of the files that will be loaded.
 
     transformer: the main file and its module files. width, height: pixels. tile_cells: latent cells, 0 is untiled, and
     so is None, which leaves it to the plan.
-    compute_bytes, vae_bytes: bytes per number of the two dtypes. guided: two passes in one batch.
+    compute_bytes, vae_bytes: bytes per number of the two dtypes. decode_bytes: of the activations that a picture is
+    decoded in, with a second decoder of that type, where they are not the VAE's own. guided: two passes in one batch.
     Raises CheckpointError when a header cannot be read.
     """
     vae_file = Checkpoint.open(vae)
@@ -151,15 +156,18 @@ def estimate_memory(
     drawn = sizes["transformer"]
     read = sizes["text_encoder"]
     pixels = width * height
-    per_pixel = _last_stage_channels(vae_file) * vae_bytes
-    live = _LIVE_ON_CPU if on_cpu else _LIVE_ON_GPU
+    per_pixel = _last_stage_channels(vae_file) * (decode_bytes or vae_bytes)
+    beside = sizes["vae"].nbytes * _DECODER_SHARE * decode_bytes / vae_bytes if decode_bytes else 0.0
+    on_any_cpu = _LIVE_ON_CPU if decode_bytes is None else _LIVE_ON_CPU_IN_BF16
+    live = on_any_cpu if on_cpu else _LIVE_ON_GPU
+    beside += pixels * _PICTURE_BYTES if on_cpu else 0
 
     def decode(tile: int) -> float:
         side = tile * _CELL_PIXELS
         if not tile or max(width, height) <= side:
-            return live * pixels * per_pixel / MIB
+            return (live * pixels * per_pixel + beside) / MIB
         stored = _STORED_TENSORS * pixels if on_cpu else 0  # with a GPU, whole activations are kept in RAM
-        return (stored + live * min(width, side) * min(height, side)) * per_pixel / MIB
+        return ((stored + live * min(width, side) * min(height, side)) * per_pixel + beside) / MIB
 
     return MemoryEstimate(
         sizes=sizes,

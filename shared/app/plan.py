@@ -307,6 +307,10 @@ def _weigh(
         tile_cells=settings.VAE_tile_size,
         compute_bytes=DTYPE_BYTES[machine.dtype.value],
         vae_bytes=DTYPE_BYTES[VAE_DTYPE],
+        # A CPU that multiplies bfloat16 decodes in it, unless precision is asked for; see autoencoder.quick_decoder.
+        decode_bytes=2
+        if device.kind == "cpu" and machine.dtype.value == "bfloat16" and settings.sampling.precision != "exact"
+        else None,
         guided=settings.guidance_scale > 0,
         loras=loras,
         on_cpu=device.kind == "cpu",

@@ -87,6 +87,12 @@ def test_decoding_grows_with_pixels_and_shrinks_with_tiles(tmp_path: Path) -> No
     assert whole.decode_tiled_mb == {64: whole.decode_mb, 32: whole.decode_mb, 16: tiled.decode_mb * 4}
 
 
+def test_decoding_in_another_type_counts_its_activations_and_a_second_decoder(tmp_path: Path) -> None:
+    own, half = estimate(tmp_path, on_cpu=False), estimate(tmp_path, on_cpu=False, decode_bytes=2)
+
+    assert own.decode_mb / 2 < half.decode_mb < own.decode_mb / 2 + own.weights_mb["vae"]
+
+
 def test_loras_and_control_branches_count(tmp_path: Path) -> None:
     lora = write_weights(tmp_path / "l.safetensors", shape=(256, 256))
     branch = write_tensors(tmp_path / "c.safetensors", block("control_layers.0", 32, 80))

@@ -24,6 +24,8 @@ def parse(*arguments: str) -> argparse.Namespace:
         ("--output-dir", "pictures", "output_dir"),
         ("--attention", "sdpa", "attention"),
         ("--gpu", "cpu", "gpu"),
+        ("--offload", "stream", "offload"),
+        ("--max-vram", "4GB", "max_vram"),
         ("--server-name", "0.0.0.0", "server_name"),
     ],
 )
