@@ -64,7 +64,7 @@ CASES: tuple[Case, ...] = (
     Case("C6", "schedule of streamed weights, simulated", "34 blocks through a link of 12 to 50 GB/s",
          "time not hidden behind arithmetic"),
     Case("C7", "exact counters", "forwards per picture; ops, bytes and host reads per forward", "integers, gated"),
-    Case("C8", "text encoder", "100 tokens, four layers of real width", "CPU ms, error", ("P1",)),
+    Case("C8", "text encoder", "100 tokens, two layers of real width", "CPU ms, error", ("P1",)),
     Case("C9", "VAE decode", "128x128 pixels, real width", "CPU ms, error", ("P1",)),
 )  # fmt: skip
 

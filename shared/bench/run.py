@@ -63,7 +63,10 @@ def run_cases(
     options: Options,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[Record]:
-    """A record for each case, as they are done. Raises UserError before the first when one cannot be run here."""
+    """A record for each case, as they are done; an interrupt passes on after the record of what it cut short.
+
+    Raises UserError before the first when one cannot be run here.
+    """
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -84,7 +87,7 @@ def run_cases(
                 repeats=options.repeats, tell=tell,
             )  # fmt: skip
             before = machine.state()
-            work[case.id](stand)
+            interrupt = _interrupted(work[case.id], stand)
         yield Record(
             case=case.id,
             date=f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
@@ -97,6 +100,18 @@ def run_cases(
             notes=tuple(stand.notes),
             rows=tuple(stand.rows),
         )
+        if interrupt is not None:
+            raise interrupt
+
+
+def _interrupted(work: CaseWork, stand: Stand) -> KeyboardInterrupt | None:
+    """Do the work; Ctrl-C ends it, and what was measured until then is kept."""
+    try:
+        work(stand)
+    except KeyboardInterrupt as interrupt:
+        stand.note(f"Interrupted after {len(stand.rows)} figures; the rest was not measured.")
+        return interrupt
+    return None
 
 
 @contextmanager

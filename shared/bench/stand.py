@@ -44,19 +44,22 @@ class Stand:
         row: str,
         contenders: Mapping[str, Callable[[], Any]],
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | str | None = None,
         repeats: int = MANY,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
     ) -> dict[str, float]:
         """Time contenders in turns and keep a row for each, with its error against `reference` where that is given.
 
         contenders: who -> a call that returns its result, a tensor shaped like the reference, or nothing to compare.
+        reference: what the result should be, or whose result is taken for it, where that one takes part.
         Peers that this run leaves out (by their key, before the first blank) are passed over. facts: who -> further
         values. Returns who -> the milliseconds that count.
         """
         taken = {who: work for who, work in contenders.items() if self.wants(who)}
         self._tell(f"{row}: {', '.join(taken)}")
         timings, outcomes = interleave(taken, self.clock, repeats=self._repeats or repeats)
+        if isinstance(reference, str):
+            reference = outcomes.get(reference)
         for who, timing in timings.items():
             values: dict[str, Value] = dict(timing.values(self.clock.headline))
             if reference is not None and outcomes[who] is not None:

@@ -7,11 +7,9 @@ nothing is computed, so the whole takes seconds and no memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from models.z_image.bench import twins
@@ -71,8 +69,7 @@ def fake_forward(dtype: torch.dtype, config: TransformerConfig | None = None) ->
 
 def _forwards(model: ZImageTransformer, changes: Mapping[str, Any]) -> int:
     """Calls of the network for one picture, as its record says."""
-    encoder: Any = SimpleNamespace(model=nn.Identity())
-    pipeline = ZImagePipeline(model, encoder, None, torch.device("cpu"))
+    pipeline = ZImagePipeline(model, twins.no_encoder(), None, torch.device("cpu"))
     request = GenerateRequest(**{"prompt": "", "width": 32, "height": 32, **changes})
     features = torch.randn(4, model.config.cap_feat_dim)
     for _ in pipeline.denoise(request, features, features if request.needs_negative else None):

@@ -43,7 +43,7 @@ def warm(
             who: {"forwards": twins.TURBO_STEPS, "peak_mb": stages.peak_mb(work)} for who, work in contenders.items()
             if stand.wants(who)
         }  # fmt: skip
-        whole = stand.compare(f"{side}x{side}", contenders, reference=contenders["P1"](), facts=facts)
+        whole = stand.compare(f"{side}x{side}", contenders, reference="P1", facts=facts)
         latents = twins.our_loop(both.ours, given)()
         parts: dict[str, Callable[[], Any]] = {
             "ours text": encode,
@@ -72,7 +72,7 @@ def batches(
             who: {"pictures": count, "peak_mb": stages.peak_mb(work)} for who, work in contenders.items()
             if stand.wants(who)
         }  # fmt: skip
-        stand.compare(f"{count} pictures", contenders, reference=contenders["P1"](), facts=facts)
+        stand.compare(f"{count} pictures", contenders, reference="P1", facts=facts)
 
 
 def growth(

@@ -40,11 +40,14 @@ class Stand(Protocol):
         row: str,
         contenders: Mapping[str, Callable[[], Any]],
         *,
-        reference: Tensor | None = None,
+        reference: Tensor | str | None = None,
         repeats: int = 10,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
     ) -> dict[str, float]:
-        """Time them in turns; one row each, with the error of what they return against the reference: who -> ms."""
+        """Time them in turns; one row each, with the error of what they return against the reference: who -> ms.
+
+        reference: a result, or whose result it is.
+        """
 
     def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:
         """Keep what was measured otherwise."""

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,12 +18,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.z_image.config import TransformerConfig
+from models.z_image.cuda_graph import GraphedForwards
 from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
 from models.z_image.keys import diffusers_names, split_parameter
 from models.z_image.pipeline import ZImagePipeline
 from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
+from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import ZImageTransformer
+from shared.ops.graphs import CudaRecorder
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.formats import format_of, layers_of, svdq
 from shared.quant.kernels.resolve import resolve
@@ -135,8 +137,9 @@ def our_forward(
     """One forward as the denoising loop makes it, after `at` of `steps` steps: the velocity (B, 16, h, w)."""
     sigmas = _request(given, steps).noise_levels()
     captions = ours.encode_captions([given.features.to(ours.dtype)]).repeat(len(given.latents))
+    recordings = _recordings(ours, given.latents.device)
     predict = Predictor(
-        ours, Prompts(positive=captions), sigmas=sigmas,
+        recordings or ours, Prompts(positive=captions), sigmas=sigmas,
         guidance=ClassifierFreeGuidance(), nag=NormalizedAttentionGuidance(),
     )  # fmt: skip
     return lambda: predict(given.latents, sigmas[at])
@@ -160,8 +163,8 @@ def their_forward(theirs: Any, given: Scene, *, at: int = 3, steps: int = TURBO_
 
 def our_loop(ours: ZImageTransformer, given: Scene, steps: int = TURBO_STEPS) -> Callable[[], Tensor]:
     """All steps of a picture, from noise to latents, the prompt being encoded already."""
-    encoder: Any = SimpleNamespace(model=nn.Identity())
-    pipeline = ZImagePipeline(ours, encoder, None, given.latents.device)
+    pipeline = ZImagePipeline(ours, no_encoder(), None, given.latents.device)
+    pipeline.recordings = _recordings(ours, given.latents.device)
     request, features = _request(given, steps), given.features.to(ours.dtype)
 
     def loop() -> Tensor:
@@ -169,6 +172,21 @@ def our_loop(ours: ZImageTransformer, given: Scene, steps: int = TURBO_STEPS) ->
         return last.latents
 
     return loop
+
+
+def _recordings(ours: ZImageTransformer, device: torch.device) -> GraphedForwards | None:
+    """What a GPU replays forwards from, as the program has it where no weights are streamed."""
+    if device.type != "cuda":
+        return None
+    found = GraphedForwards(ours, CudaRecorder(device))
+    found.begin()
+    return found
+
+
+def no_encoder() -> TextEncoder:
+    """An encoder for those who bring their prompts encoded."""
+    tokenizer: Any = None
+    return TextEncoder(nn.Identity(), tokenizer)
 
 
 def their_loop(theirs: Any, given: Scene, steps: int = TURBO_STEPS) -> Callable[[], Tensor]:
@@ -222,24 +240,16 @@ def packed(
 ) -> ZImageTransformer:
     """The network with the linears of its blocks packed, all else shared with `ours`.
 
-    kind: a format of shared/quant/targets.py. Blocks after the first get copies of its packed weights: as large and as
-    fast as their own, and made in a fraction of the time. Kernels are chosen as at load, for the device of `ours`.
+    kind: a format of shared/quant/targets.py. Kernels are chosen as at load, for the device of `ours`.
     """
     model = copy.deepcopy(ours, {id(p): p for p in ours.parameters()})
     device = ours.x_pad_token.device
-    first: dict[str, PackedLinear] = {}
     for name, module in list(ours.named_modules()):
-        if not PACKED.fullmatch(name) or not isinstance(module, nn.Linear):
-            continue
-        role = name.rpartition(".")[2]
-        if role not in first:
-            matrix = _pack(module.weight, role, kind, folder, rank)
-            first[role] = PackedLinear(matrix, None, ours.dtype, compute=compute).to(device)
-            layer = first[role]
-        else:
-            layer = _copy_of(first[role])
-        owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, layer)
+        if PACKED.fullmatch(name) and isinstance(module, nn.Linear):
+            matrix = _pack(module.weight, name.rpartition(".")[2], kind, folder, rank)
+            owner, _, attribute = name.rpartition(".")
+            layer = PackedLinear(matrix, None, ours.dtype, compute=compute).to(device)
+            setattr(model.get_submodule(owner), attribute, layer)
     resolve([model], device, compute)
     return model
 
@@ -316,16 +326,11 @@ def _pack(weight: Tensor, role: str, kind: str, folder: Path, rank: int) -> Pack
         tensors = svdq.quantize(weight.float(), kind=kind.removeprefix("svdq_"), rank=rank, iterations=1, parts=parts)  # type: ignore[arg-type]
     else:
         tensors = targets()[kind].quantize(weight.float(), parts, rank)
-    path = folder / f"{role}_{kind}.safetensors"
+    path = folder / "layer.safetensors"
     save_file({f"blocks.0.{suffix}": tensor.contiguous().cpu() for suffix, tensor in tensors.items()}, path)
     checkpoint = Checkpoint.open(path)
     layer = layers_of(checkpoint, checkpoint.tensors)["blocks.0"]
     found = format_of(layer)
     assert found is not None
-    return found.read(layer)
-
-
-def _copy_of(layer: PackedLinear) -> PackedLinear:
-    packed = layer.packed
-    tensors = {name: tensor.clone() for name, tensor in packed.tensors.items()}
-    return PackedLinear(Packed(packed.packing, packed.shape, tensors), None, layer.weight.dtype, compute=layer.compute)
+    packed = found.read(layer)  # its tensors may be mapped from the file, which is written anew for the next layer
+    return Packed(packed.packing, packed.shape, {name: tensor.clone() for name, tensor in packed.tensors.items()})

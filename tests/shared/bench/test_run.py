@@ -42,6 +42,20 @@ def test_a_record_tells_how_with_what_and_when(options: Options) -> None:
     assert torch.get_num_threads() == threads
 
 
+def test_what_was_measured_before_an_interrupt_is_kept(options: Options) -> None:
+    def work(stand: Stand) -> None:
+        stand.record("first", "ours", {"ms": 1.0})
+        raise KeyboardInterrupt
+
+    records = run_cases([CPU_CASE, CPU_CASE], {"C1": work}, options)
+
+    record = next(records)
+    assert [row.row for row in record.rows] == ["first"]
+    assert record.notes == ("Interrupted after 1 figures; the rest was not measured.",)
+    with pytest.raises(KeyboardInterrupt):
+        next(records)
+
+
 def test_the_folder_is_gone_afterwards(options: Options) -> None:
     folders: list[Path] = []
 

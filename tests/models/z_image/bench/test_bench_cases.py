@@ -24,6 +24,8 @@ VAE = {**stages.VAE, "block_out_channels": (8, 16, 16, 32), "layers_per_block": 
 
 # bf16 keeps 8 bits; errors of a few layers add up to about a hundredth.
 BF16 = 0.03
+# Weights and activations of 8 bits each add about as much again.
+INT8 = 0.06
 
 
 @pytest.fixture
@@ -107,7 +109,7 @@ def test_both_sides_of_a_comparison_compute_the_same(
 
     found = errors(stand)
     assert {"P1"} <= {who.split()[0] for _, who in found}
-    assert max(found.values()) < BF16, found
+    assert {key: error for key, error in found.items() if error > (INT8 if "int8" in key[1] else BF16)} == {}
 
 
 def test_a_block_in_every_kind_of_weight(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,8 +119,8 @@ def test_a_block_in_every_kind_of_weight(stand: Stand, monkeypatch: pytest.Monke
 
     found = errors(stand)
     assert found["bf16, 1024 tokens", "ours"] < BF16
-    assert found["int8, 1024 tokens", "ours int8"] < 0.05
-    assert found["int8, 1024 tokens", "P3"] < 0.05
+    assert found["int8, 1024 tokens", "ours int8"] < INT8
+    assert found["int8, 1024 tokens", "P3"] < INT8
     assert found["4-bit, 1024 tokens", "ours nvfp4"] == pytest.approx(found["4-bit, 1024 tokens", "P7"], rel=0.2)
     assert {"growth, 64x64"} <= {row for row, _ in found}
     kinds = {row.who: row.values for row in stand.rows if "weight_bytes" in row.values}
