@@ -187,9 +187,12 @@ def form_updates(compose: ComposePanel, settings: SettingsPanel, form: Fields) -
     }
 
 
-def preset_note(description: str, *, missing_files: int = 0, problems: Sequence[str] = ()) -> str:
-    """Markup under the model field: what the preset is, what it must fetch, and preset files that cannot be used."""
+def preset_note(description: str, *, memory: str = "", missing_files: int = 0, problems: Sequence[str] = ()) -> str:
+    """Markup under the model field: what the preset is, what it takes, what it must fetch, and preset files that cannot
+    be used."""
     lines = [f"<p>{escape(description)}</p>"] if description else []
+    if memory:
+        lines.append(f'<p class="memory">{escape(memory)}</p>')
     if missing_files:
         files = "1 file" if missing_files == 1 else f"{missing_files} files"
         lines.append(f'<p class="fetch">The first picture has to wait for a download of {files}.</p>')

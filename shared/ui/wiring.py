@@ -259,13 +259,23 @@ class Page:
         loras = find_loras(self.ctx.lora_folder(preset))
         fields = fields_for(preset, values, loras, has_error_lora=beside_transformer(files) is not None)
         missing = sum(file.path is None for file in files)
-        note = preset_note(preset.description, missing_files=missing, problems=problems)
+        memory = "" if missing else self._memory(preset, values)
+        note = preset_note(preset.description, memory=memory, missing_files=missing, problems=problems)
         return {
             self.compose.preset_note: note,
             **form_updates(self.compose, self.settings, fields),
             **sampling_updates(self.sampling, preset, values),
             **edit_updates(self.edit, preset, values, self.ctx.output_folder),
         }
+
+    def _memory(self, preset: Preset, values: Mapping[str, Any]) -> str:
+        """What a picture of these values takes and where its weights will live, in a line; "" where nobody knows."""
+        try:
+            placement = self.ctx.session.plan(preset, GenerationSettings.build(preset, values)).placement
+        except UserError as error:  # such as a LoRA that is gone: drawing says so, the line says nothing of memory
+            log.info("no memory plan for %s: %s", preset.id, error)
+            return ""
+        return "" if placement is None else placement.words
 
     def _defaults(self, preset: Preset) -> tuple[Mapping[str, Any], list[str]]:
         """The preset's settings under the user's own, and what of the user's cannot be used."""

@@ -39,16 +39,25 @@ def make_preset(preset_id: str, name: str, **changes: Any) -> Preset:
 
 @dataclass
 class FakeSession:
-    """Yields what a real session does. `gate`: one step per release. `failure`: raised in `stream`."""
+    """Yields what a real session does.
+
+    gate: one step per release. failure: raised in `stream`. refusal: raised in `plan`.
+    """
 
     folder: Path
     gate: threading.Semaphore | None = None
     failure: BaseException | None = None
+    refusal: UserError | None = None  # of a plan
     orders: list[tuple[str, Any]] = field(default_factory=list)
     cancels: int = 0
     drawing: int = 0
     most_at_once: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
+
+    def plan(self, preset: Preset, settings: Any) -> SimpleNamespace:
+        if self.refusal is not None:
+            raise self.refusal
+        return SimpleNamespace(placement=SimpleNamespace(words=f"Takes 2 GiB at {settings.width}."))
 
     def stream(self, preset: Preset, settings: Any) -> Generator[Any, None, SimpleNamespace]:
         self.orders.append((preset.id, settings))

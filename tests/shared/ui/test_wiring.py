@@ -116,6 +116,18 @@ def test_a_preset_whose_files_are_missing_says_so_before_the_wait(page: Page, co
     assert "download of 1 file" in page.preset_picked("z_image_demo")[page.compose.preset_note]
 
 
+def test_what_a_picture_takes_stands_under_the_model(page: Page) -> None:
+    note = page.preset_picked("guided")[page.compose.preset_note]
+
+    assert '<p class="memory">Takes 2 GiB at' in note
+
+
+def test_a_plan_that_cannot_be_made_leaves_the_line_out(page: Page, context) -> None:
+    context.session.refusal = UserError("The LoRA file is gone.")
+
+    assert "memory" not in page.preset_picked("guided")[page.compose.preset_note]
+
+
 def test_refresh_reads_presets_again_and_keeps_the_choice(page: Page, context, preset_of) -> None:
     context.on_disk.append(preset_of(id="new", name="New"))
     shown = page.refreshed("guided")
