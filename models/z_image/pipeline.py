@@ -24,6 +24,10 @@ from models.z_image.transformer import Captions, ZImageTransformer
 T = TypeVar("T")
 
 
+def _nothing() -> None:
+    """What there is to forget while no walk is on."""
+
+
 def _nobody(_note: str) -> None:
     """Whom notes are told to when no one asked."""
 
@@ -71,7 +75,7 @@ class ZImagePipeline:
         self.safeguard = safety.Safeguard(safer)
         self.recordings: GraphedForwards | None = None  # set by whoever leaves the weights where they are
         self._quick_decoder: Any = None  # made when it is first wanted
-        self._forget: Callable[[], None] = lambda: None  # of the walk that is on
+        self._forget: Callable[[], None] = _nothing  # of the walk that is on
         self.report = Report()
         self._tell: Callable[[str], None] = _nobody
 
@@ -182,16 +186,19 @@ class ZImagePipeline:
             sample, ask, total, go_back=go_back, helped=self._helped,
             remedies=lambda: self.safeguard.remedies(self.transformer, self.device),
         )  # fmt: skip
-        for index, latents in walk:
-            self.report.forwards = predict.forwards
-            yield Step(index, total, begun.sigmas[index + 1], latents)
-            if self.loras.set_step(index + 1):
-                if recordings is not None:
-                    recordings.drop()
-                predict.set_prompts(self._prompts(request, positive, negative))
-            if self.loras.factor_strengths != strengths:
-                strengths = self.loras.factor_strengths
-                predict.forget()
+        try:
+            for index, latents in walk:
+                self.report.forwards = predict.forwards
+                yield Step(index, total, begun.sigmas[index + 1], latents)
+                if self.loras.set_step(index + 1):
+                    if recordings is not None:
+                        recordings.drop()
+                    predict.set_prompts(self._prompts(request, positive, negative))
+                if self.loras.factor_strengths != strengths:
+                    strengths = self.loras.factor_strengths
+                    predict.forget()
+        finally:
+            self._forget = _nothing  # and let go of what the walk held in memory
 
     def weights_changed(self) -> None:
         """Told by a host between steps: its own LoRAs have other strengths from the next step on."""

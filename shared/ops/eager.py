@@ -46,11 +46,10 @@ def qk_norm_rope(
         q = rotate(rms_norm(q, q_weight, eps, exact=exact), rope)
         k = rotate(rms_norm(k, k_weight, eps, exact=exact), rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    both = _normalised(split[:, :, :2], eps).mul_(torch.stack([q_weight, k_weight])[:, None])
-    pairs = torch.view_as_complex(both.unflatten(-1, (-1, 2)))
-    pairs.mul_(torch.view_as_complex(rope)[:, :, None])
+    both = _normalised(split.narrow(2, 0, 2), eps, spend=True).mul_(torch.stack((q_weight, k_weight)).unsqueeze(1))
+    torch.view_as_complex(both.unflatten(-1, (-1, 2))).mul_(torch.view_as_complex(rope).unsqueeze(2))
     q, k = both.to(qkv.dtype).transpose(1, 3).unbind(2)
-    return q, k, split[:, :, 2].transpose(1, 2)
+    return q, k, split.select(2, 2).transpose(1, 2)
 
 
 def swiglu(w13: Tensor) -> Tensor:
@@ -73,12 +72,12 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(rope)).flatten(-2).type_as(x)
 
 
-def _normalised(x: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) over the last axis: float32, and the caller's to change."""
+def _normalised(x: Tensor, eps: float, *, spend: bool = False) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last axis: float32, and the caller's to change. spend: x may be it."""
     wide = x.float()
     rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     rms = rms.mul_(x.shape[-1] ** -0.5).hypot_(_root(eps))
-    return torch.div(wide, rms) if wide is x else wide.div_(rms)
+    return torch.div(wide, rms) if wide is x and not spend else wide.div_(rms)
 
 
 @cache

@@ -53,10 +53,10 @@ class TestMeaning:
         qkv, q_weight, k_weight = (torch.randn(*shape, dtype=dtype) for shape in ((B, S, 3 * D), (E,), (E,)))
         angles = torch.randn(B, S, 1, E // 2)
         rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        split = qkv.clone().view(B, S, 3, H, E)  # qkv is used up
 
         q, k, v = ops.qk_norm_rope(qkv, q_weight, k_weight, rope, H, EPS, exact=exact)
 
-        split = qkv.view(B, S, 3, H, E)
         assert {x.dtype for x in (q, k, v)} == {dtype}
         assert torch.equal(v, split[:, :, 2].transpose(1, 2))
         for turned, index, weight in ((q, 0, q_weight), (k, 1, k_weight)):
