@@ -15,8 +15,12 @@ PATH = Path(__file__).parent / "gates.json"
 CASE = "C7"
 
 
-def problems(records: Sequence[Record], path: Path = PATH) -> list[str]:
-    """What of the counters in these records is not as the gates have it, a line each; [] where nothing binds."""
+def problems(records: Sequence[Record], path: Path | None = None) -> list[str]:
+    """What of the counters in these records is not as the gates have it, a line each; [] where nothing binds.
+
+    path: of the gates; None takes PATH.
+    """
+    path = path or PATH
     found: list[str] = []
     for record in records:
         if record.case != CASE or not path.exists():
@@ -36,12 +40,12 @@ def problems(records: Sequence[Record], path: Path = PATH) -> list[str]:
     return found
 
 
-def write(records: Sequence[Record], path: Path = PATH) -> list[str]:
+def write(records: Sequence[Record], path: Path | None = None) -> list[str]:
     """Take the counters of these records as the gates; a line for the user when there are none."""
     for record in records:
         if record.case == CASE:
             gates = {"torch": release(record.versions["torch"]), "rows": rows_of(record)}
-            path.write_text(json.dumps(gates, indent=1) + "\n", encoding="utf-8")
+            (path or PATH).write_text(json.dumps(gates, indent=1) + "\n", encoding="utf-8")
             return []
     return [f"--write-gates: this run counted nothing; add {CASE} to --cases."]
 
