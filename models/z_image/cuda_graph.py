@@ -4,7 +4,7 @@
     second                      recorded, then replayed
     all others                  inputs copied in, replayed, result copied out
 
-The same kernels run on the same numbers, so results are the same bits. It pays where launching takes longer than
+The same kernels run on the same numbers, so the answers are the same bits. It pays where launching takes longer than
 computing, below about 1024x1024 on a fast card. Forwards with control, with NAG or with a target go their usual way.
 
 A recording reads weights where they lay when it was made: nothing for weights that an offloader streams. begin() is

@@ -177,7 +177,7 @@ class model_factory:
         """Choose how to compute on `device`, which is settled; returns what was found, in words.
 
         attention: names of shared.ops.attention; of several the fastest is taken. records: weights stay where they will
-        be put, so that forwards may be recorded (cuda_graph.py; the environment variable ZIMAGE_GRAPHS=0 forbids it).
+        be put, so that forwards may be recorded (cuda_graph.py) if the variable ZIMAGE_GRAPHS=1 asks for it.
         """
         backend, words = SDPA, ""
         if self.device.type == "cuda":
@@ -188,7 +188,7 @@ class model_factory:
                 found = fastest(candidates, self.device, self.transformer.dtype, config.n_heads, config.head_dim)
                 backend, words = found.backend, f" ({found.words})"
         self.transformer.use_attention(backend)
-        allowed = os.environ.get("ZIMAGE_GRAPHS", "").strip() != "0" and type(self.transformer) is ZImageTransformer
+        allowed = os.environ.get("ZIMAGE_GRAPHS", "").strip() == "1" and type(self.transformer) is ZImageTransformer
         records = records and allowed and self.device.type == "cuda"
         self.pipeline.recordings = GraphedForwards(self.transformer, CudaRecorder(self.device)) if records else None
         return f"attention by {backend.name}{words}; forwards {'recorded' if records else 'launched kernel by kernel'}"
