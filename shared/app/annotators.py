@@ -56,4 +56,3 @@ def fetch(
             )
         paths.append(path)
     return Preprocessor(name or edit.control_preprocessor, tuple(paths))
-
