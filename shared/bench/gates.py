@@ -18,7 +18,7 @@ CASE = "C7"
 def problems(records: Sequence[Record], path: Path | None = None) -> list[str]:
     """What of the counters in these records is not as the gates have it, a line each; [] where nothing binds.
 
-    path: of the gates; None takes PATH.
+    Counters that the gates do not have yet are free. path: of the gates; None takes PATH.
     """
     path = path or PATH
     found: list[str] = []
@@ -29,13 +29,13 @@ def problems(records: Sequence[Record], path: Path | None = None) -> list[str]:
         if gates["torch"] != release(record.versions.get("torch", "")):
             continue
         counted = rows_of(record)
-        for row in dict.fromkeys((*gates["rows"], *counted)):
-            expected, have = gates["rows"].get(row, {}), counted.get(row, {})
+        for row, expected in gates["rows"].items():
+            have = counted.get(row, {})
             found += [
-                f"{row}: {name} is {have.get(name, 'not counted')}, the gate says {expected.get(name, 'nothing')}. "
+                f"{row}: {name} is {have.get(name, 'not counted')}, the gate says {figure}. "
                 f"If that is meant: `python wgp.py bench --cases {CASE} --write-gates`."
-                for name in dict.fromkeys((*expected, *have))
-                if expected.get(name) != have.get(name)
+                for name, figure in expected.items()
+                if figure != have.get(name)
             ]
     return found
 
