@@ -59,6 +59,7 @@ PLACE_WORDS: dict[str, tuple[str, ...]] = {
 # {a} is the described shape with its article, {A} without, {p} its place, {g} the ground's colour;
 # {b}, {B} and {q} belong to the second shape
 _GROUND_WORDS = ("background", "background", "background", "ground", "backdrop")
+_JOINTS = ("on", "over", "against", "before", "upon", "across", "set against", "placed before", "ahead of")
 _ONE_SHAPE = (
     "{a} {p} on {g_a} {w}",
     "{a} on {g_a} {w}, {p}",
@@ -74,6 +75,25 @@ _ONE_SHAPE = (
     "{A} {p} over {g}",
     "draw {a} {p} on {g_a} {w}",
     "{a} sits {p} against {g_a} {w}",
+    "{a} {p} {j} {g_a} {w}",
+    "{a} {p} {j} {g_a} {w}",
+    "{A} {j} {g_a} {w}, {p}",
+    "{g} {w} with {A} {p}",
+    "{g} {w}: {a} {p}",
+    "{w} in {g}, {A} {p}",
+    "{g} everywhere, {A} {p}",
+    "{A} {p}; {g} {w}",
+    "{a} {p} with {g_a} {w} behind it",
+    "{g_a} {w} behind {a} {p}",
+    "a sketch of {a} {p}, {g} {w}",
+    "a painting of {A} {p}, {g}",
+    "{a} {p}, the {w} is {g}",
+    "the {w} is {g} and there is {a} {p}",
+    "i want {a} {p}, {g} {w}",
+    "can you make {a} {p} {j} {g_a} {w}",
+    "the {A} is {p} and the {w} is {g}",
+    "{a} at the front, {p}, {g} {w} at the back",
+    "{g} {w} at the back, {a} {p} to the front",
 )
 _ONE_SHAPE_HELD_OUT = (
     "{a} {p} in front of {g_a} {w}",
@@ -89,6 +109,14 @@ _TWO_SHAPES = (
     "a picture of {a} {p} and {b} {q} on {g}",
     "two shapes on {g_a} {w}: {a} {p}, {b} {q}",
     "{a} {p} with {b} {q}, on {g_a} {w}",
+    "{a} {p} and {b} {q} {j} {g_a} {w}",
+    "there are {a} {p} and {b} {q}, {g} {w}",
+    "{g} {w}: {A} {p}, {B} {q}",
+    "{g} {w} with {A} {p} and {B} {q}",
+    "{w} in {g}, {A} {p}, {B} {q}",
+    "a sketch of {a} {p} and {b} {q}, {g} {w}",
+    "{a} is {p}, {b} is {q}, the {w} is {g}",
+    "the {w} is {g} and there is {a} {p}, {b} {q}",
 )
 _TWO_SHAPES_HELD_OUT = (
     "there is {a} {p} and {b} {q} on {g_a} {w}",
@@ -106,6 +134,8 @@ _OPENINGS = (
     "an image showing",
     "please draw",
     "show",
+    "a sketch of",
+    "a graphic with",
 )
 _CLOSINGS = (
     ", flat design",
@@ -116,8 +146,14 @@ _CLOSINGS = (
     ", clean illustration",
 )
 # frames that begin like this read badly with an opening before them
-_COMPLETE_OPENINGS = ("a picture", "draw", "on ", "there", "a drawing", "two shapes")
+_COMPLETE_OPENINGS = (
+    "a picture", "draw", "on ", "there", "a drawing", "two shapes", "a sketch", "a painting", "i want", "can you",
+    "the ",
+)  # fmt: skip
 _P_FILLER = 0.12
+# people leave these out when they are in a hurry, and the order of what is left still tells
+_SMALL_WORDS = frozenset({"a", "an", "the", "there", "is", "are", "on", "with", "and", "it"})
+_P_TERSE = 0.1
 
 _P_UNMENTIONED = {"ground": 0.05, "colour": 0.03, "kind": 0.02}
 _P_MEDIUM_UNMENTIONED = 0.65
@@ -190,11 +226,13 @@ def write_caption(
     else:
         frames = _TWO_SHAPES_HELD_OUT if held_out else _TWO_SHAPES
     text = _fill(str(rng.choice(frames)), [promises[s] for s in order], ground, wordy, rng)
+    if not held_out and not related and rng.random() < _P_TERSE:
+        text = " ".join(word for word in text.split() if word.lower() not in _SMALL_WORDS)
     return Caption(text, ground, tuple(promises[s] for s in scene.shapes))
 
 
 def _fill(frame: str, promises: list[Promise], ground: str | None, wordy: bool, rng: np.random.Generator) -> str:
-    words = {"w": str(rng.choice(_GROUND_WORDS))}
+    words = {"w": str(rng.choice(_GROUND_WORDS)), "j": str(rng.choice(_JOINTS))}
     for (with_article, bare, place), promise in zip((("a", "A", "p"), ("b", "B", "q")), promises, strict=False):
         words[bare] = _noun_phrase(promise, rng)
         words[with_article] = _with_article(words[bare])

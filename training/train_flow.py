@@ -339,8 +339,11 @@ def train(rank: int, arguments: argparse.Namespace) -> None:
         model.load_state_dict(saved["model"])
         averaged.load_state_dict(saved["averaged"])
         heads.load_state_dict(saved["heads"])
+        scales = [group["scale"] for group in [*optimizer.param_groups, *muon.param_groups]]
         optimizer.load_state_dict(saved["optimizer"])
         muon.load_state_dict(load_checkpoint(muon_state)["optimizer"])
+        for group, scale in zip([*optimizer.param_groups, *muon.param_groups], scales, strict=True):
+            group["scale"] = scale  # as asked now, not as it was saved
         first_step = saved["step"]
     if arguments.compile:
         torch._dynamo.config.recompile_limit = 64  # one graph for every picture size and caption length
