@@ -82,12 +82,22 @@ def test_a_lora_changes_the_picture_and_leaves_when_told(processor: model_factor
     assert torch.equal(draw(processor), plain)
 
 
-@pytest.mark.parametrize("block", ["layers.0", "context_refiner.0"])
-def test_a_strength_may_change_at_every_step_also_for_the_captions(
-    processor: model_factory, tmp_path: Path, block: str
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        ("layers.0.feed_forward.w2", (384, 1024)),
+        pytest.param("context_refiner.0.feed_forward.w2", (384, 1024), id="captions are refined once for all steps"),
+        pytest.param("layers.0.adaLN_modulation.0", (1536, 256), id="scales and gates are worked out once, too"),
+        pytest.param("layers.0.ffn_norm1", (384,), id="norms hold them"),
+    ],
+)
+def test_a_strength_may_change_at_every_step(
+    processor: model_factory, tmp_path: Path, module: str, shape: tuple[int, ...]
 ) -> None:
-    base = f"transformer.{block}.feed_forward.w2"
-    state = {f"{base}.lora_A.weight": torch.randn(8, 1024), f"{base}.lora_B.weight": torch.randn(384, 8)}
+    base = f"transformer.{module}"
+    state = {f"{base}.diff": torch.randn(shape)}
+    if len(shape) > 1:
+        state = {f"{base}.lora_A.weight": torch.randn(8, shape[1]), f"{base}.lora_B.weight": torch.randn(shape[0], 8)}
     save_file(state, tmp_path / "l.safetensors")
 
     def steps() -> list[torch.Tensor]:
