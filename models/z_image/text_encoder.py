@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
 from models.z_image.gguf_names import with_hugging_face_names
-from models.z_image.qwen3 import Qwen3, Qwen3Config
 from shared.quant.assemble import Part, Plan, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UserError
@@ -36,6 +35,10 @@ MAX_TOKENS = AXES_LENS[0] - SEQUENCE_MULTIPLE
 
 # What the reference pipelines give the encoder at most, cutting the rest off: the length the model was trained with.
 TRAINED_TOKENS = 512
+
+# Qwen3 constants that no tensor shows: Qwen/Qwen3-4B config.json.
+ROPE_THETA = 1_000_000.0
+NORM_EPS = 1e-6
 
 LongPrompt = Literal["keep", "cut", "refuse"]
 
@@ -132,7 +135,7 @@ class TextEncoder:
         features = None if self._store is None else self._store.load(key)
         if features is None or len(features) != len(ids):
             with torch.no_grad():
-                output = self.model(input_ids=torch.tensor([list(ids)], device=device))
+                output = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
             features = output.last_hidden_state[0].cpu()
             self.encoded += 1
             if not bool(torch.isfinite(features).all()) or bool(features.min() == features.max()):
@@ -145,19 +148,30 @@ class TextEncoder:
         return features
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "auto") -> Qwen3:
+def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "auto") -> nn.Module:
     """Build Qwen3 without its last layer and final norm from a checkpoint's own sizes, in `dtype` on the CPU.
 
     Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`) and llama.cpp's in
     GGUF files. Its output's last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are
     multiplied. Raises LayerMismatchError or UnknownFormatError.
     """
+    from accelerate import init_empty_weights
+    from transformers import Qwen3Config, Qwen3Model
+
     checkpoint = with_hugging_face_names(Checkpoint.open(path))
     plan = _plan(checkpoint)
-    config = Qwen3Config(**_sizes(checkpoint, plan))
+    config = Qwen3Config(
+        **_sizes(checkpoint, plan),
+        rms_norm_eps=NORM_EPS,
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        use_cache=False,
+        attn_implementation="sdpa",
+        dtype=dtype,
+    )
     unused = (f"layers.{config.num_hidden_layers}.", "norm")
-    with torch.device("meta"):
-        model = Qwen3(config)
+    with init_empty_weights(include_buffers=False):
+        model = Qwen3Model(config)
+    model.norm = nn.Identity()
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
     fill(model, used, dtype, source=str(checkpoint.path), compute=compute)
     return model.eval()

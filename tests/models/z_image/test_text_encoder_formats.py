@@ -26,7 +26,7 @@ COMFY_PREFIX = "text_encoders.qwen3_4b.transformer."
 
 def features(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.arange(2, 40)[None]).last_hidden_state
+        return model(input_ids=torch.arange(2, 40)[None], use_cache=False).last_hidden_state
 
 
 def hidden_states(reference: Qwen3Model, weights: State) -> torch.Tensor:
