@@ -1,4 +1,4 @@
-"""The VAE: the network of vae.py, loaded from a file's own sizes, and a tiled decode whose seams do not exist.
+"""The VAE: diffusers' AutoencoderKL, loaded from a file's own sizes, and a tiled decode whose seams do not exist.
 
 Why plain tiling shows seams. The decoder's 30 GroupNorms divide by the standard deviation over the *whole* picture, so
 a tile of plain sky and a tile of a face are normalised differently, however much they overlap. Blending hides the edge
@@ -27,13 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.z_image.cpu_attention import multiplies_bfloat16
-from models.z_image.vae import Autoencoder, VaeConfig
 from models.z_image.vae_names import diffusers_names
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import PLAIN_DTYPES
 
-# Modules are known by the attributes used here.
+# diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
 Before = Callable[[Tensor], Tensor]
 Window = tuple[slice, slice]
@@ -44,17 +43,20 @@ SHIFT_FACTOR = 0.1159
 NORM_GROUPS = 32
 
 
-def load_vae(path: str | Path, dtype: torch.dtype) -> Autoencoder:
-    """Build the VAE from a checkpoint in diffusers or ldm naming, in `dtype` on the CPU, ready to run.
+def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
+    """Build AutoencoderKL from a checkpoint in diffusers or ldm naming, in `dtype` on the CPU, ready to run.
 
     Sizes come from tensor shapes; scaling, shift and norm groups from a JSON beside the file (`config.json`, or
     `<name>_config.json` as Wan2GP ships it), else the published Z-Image values. Raises LayerMismatchError.
     """
+    from accelerate import init_empty_weights
+    from diffusers import AutoencoderKL
+
     checkpoint = Checkpoint.open(path)
     tensors = {name: checkpoint.tensors[given] for name, given in diffusers_names(checkpoint.tensors).items()}
-    config = VaeConfig(**_sizes(checkpoint, tensors) | _given_config(checkpoint))
-    with torch.device("meta"):
-        model = Autoencoder(config)
+    config = _sizes(checkpoint, tensors) | _given_config(checkpoint)
+    with init_empty_weights(include_buffers=False):
+        model = AutoencoderKL(**config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = [n for n, shape in expected.items() if n not in tensors or not _fits(tensors[n].shape, shape)]
     extra = [info.name for n, info in tensors.items() if n not in expected]
@@ -75,18 +77,18 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Autoencoder:
         owner, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
     # mmgp casts float32 weights to bfloat16 unless a model says what it is to stay in.
-    model._model_dtype = dtype  # type: ignore[assignment]
+    model._model_dtype = dtype
     return model.eval()
 
 
-def encode(vae: Autoencoder, pictures: Tensor) -> Tensor:
+def encode(vae: Module, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, 16, H/8, W/8) float32: the distribution's mode."""
     dtype = next(vae.parameters()).dtype
-    latents = vae.encode(pictures.to(dtype)).float()
+    latents = vae.encode(pictures.to(dtype)).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode(vae: Autoencoder, latents: Tensor, tile: int = 0, quick: Module | None = None) -> Tensor:
+def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | None = None) -> Tensor:
     """Normalised latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) float32 in [-1, 1].
 
     tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only.
@@ -96,14 +98,16 @@ def decode(vae: Autoencoder, latents: Tensor, tile: int = 0, quick: Module | Non
     z = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
     whole = not tile or max(latents.shape[-2:]) <= tile
     if quick is not None:
-        z = vae.before_decoder(z).to(quick.conv_in.weight.dtype)
+        z = _before_decoder(vae, z).to(quick.conv_in.weight.dtype)
         picture = quick(z) if whole else decode_tiled(quick, z, tile)
     else:
-        picture = vae.decode(z) if whole else decode_tiled(vae.decoder, vae.before_decoder(z), tile)
+        picture = (
+            vae.decode(z, return_dict=False)[0] if whole else decode_tiled(vae.decoder, _before_decoder(vae, z), tile)
+        )
     return picture.float().clamp(-1, 1)
 
 
-def quick_decoder(vae: Autoencoder) -> Module | None:
+def quick_decoder(vae: Module) -> Module | None:
     """A copy of a float32 VAE's decoder that takes half the time: bfloat16, channels last. None where it would not.
 
     Its last norm and convolution stay in float32: they write the colours, and rounded ones show as bands in a smooth
@@ -115,20 +119,26 @@ def quick_decoder(vae: Autoencoder) -> Module | None:
         return None
     quick: Module = copy.deepcopy(vae.decoder)
     quick.to(torch.bfloat16, memory_format=torch.channels_last)
-    quick.conv_norm_out = vae.decoder.conv_norm_out
+    quick.conv_norm_out = copy.deepcopy(vae.decoder.conv_norm_out)
+    quick.conv_norm_out.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].float(),))
     quick.conv_out = vae.decoder.conv_out
     return quick
 
 
+def _before_decoder(vae: Module, z: Tensor) -> Tensor:
+    """What the decoder takes: z, after a 1x1 convolution in VAEs that have one."""
+    return z if vae.post_quant_conv is None else vae.post_quant_conv(z)
+
+
 def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
-    """The decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
+    """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
     store = torch.device("cpu")
     x = decoder.mid_block(decoder.conv_in(z)).to(store)
     side = tile  # of a tile, in pixels of the activation at hand
     for block in decoder.up_blocks:
         for resnet in block.resnets:
             x = _resnet(resnet, x, side, z.device)
-        for upsampler in block.upsamplers:
+        for upsampler in block.upsamplers or ():
             x = _convolve(x, upsampler.conv, _upsample, side, z.device, factor=2)
             side *= 2
     last = _norm_and_silu(x, decoder.conv_norm_out, z.device)
@@ -245,6 +255,10 @@ def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[st
             "`wgp.py inspect FILE` says what it looks like.",
         ) from error
     return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
         "block_out_channels": channels,
         "layers_per_block": layers,
         "latent_channels": latent_channels,

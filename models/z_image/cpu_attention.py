@@ -1,4 +1,4 @@
-"""Attention for CPUs that multiply bfloat16: two matrix products and a softmax per head, a cache's worth of rows at a time.
+"""Attention for CPUs that multiply bfloat16: two products and a softmax per head, a cache's worth of rows at a time.
 
 torch's own CPU kernel works on blocks of 32 keys, too small for the bfloat16 units. Plain products are faster, but they
 return scores rounded to bfloat16, an error of 1 % of the result. Softmax takes no notice of what is subtracted from a

@@ -14,7 +14,6 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
-from models.z_image.vae import Autoencoder, VaeConfig
 from shared.quant.errors import LayerMismatchError
 
 
@@ -31,31 +30,6 @@ def test_decodes_and_encodes_like_diffusers(model_folder: Path, reference_vae: A
 
     torch.testing.assert_close(autoencoder.decode(vae, latents), decoded(reference_vae, latents), rtol=0, atol=1e-4)
     torch.testing.assert_close(autoencoder.encode(vae, picture), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("attends", [True, False])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_network_is_diffusers_autoencoder(attends: bool, layers: int) -> None:
-    theirs = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 24), layers_per_block=layers, latent_channels=4, norm_num_groups=4,
-        use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=attends,
-    )  # fmt: skip
-    config = VaeConfig(
-        block_out_channels=(8, 16, 24), layers_per_block=layers, latent_channels=4, norm_num_groups=4,
-        scaling_factor=1.0, shift_factor=0.0, mid_block_add_attention=attends,
-        use_quant_conv=True, use_post_quant_conv=True,
-    )  # fmt: skip
-    ours = Autoencoder(config)
-    ours.load_state_dict(theirs.state_dict())
-    latents, pictures = torch.randn(2, 4, 5, 7), torch.rand(2, 3, 24, 36) * 2 - 1
-
-    with torch.no_grad():
-        torch.testing.assert_close(ours.decode(latents), theirs.decode(latents).sample, rtol=0, atol=1e-5)
-        tiled = autoencoder.decode_tiled(ours.decoder, ours.before_decoder(latents), 3)
-        torch.testing.assert_close(tiled, theirs.decode(latents).sample, rtol=0, atol=1e-4)
-        expected = theirs.encode(pictures).latent_dist.mode()
-        torch.testing.assert_close(ours.encode(pictures), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tile", [3, 8, 16])
