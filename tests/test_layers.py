@@ -40,7 +40,7 @@ MAY_IMPORT: Mapping[str, tuple[str, ...]] = {
     "shared.ui": ("shared.app", *L0),
     "shared.bench": ("shared.app", *L0),
     "shared.tools": ("shared.app", *L0),
-    "training": ("models", *L0),
+    "training": ("models", "shared.preprocess", *L0),
     "wgp": ("shared.cli", "shared.ui", "shared.app", *L0),
     "run": (),
 }

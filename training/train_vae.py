@@ -56,7 +56,6 @@ _LARGEST_NOISE = 0.25  # deviation of the noise on the latents, whose own deviat
 _PEAK_RATE = 5e-4
 _P_WHOLE = 0.25
 _WARM_UP_STEPS = 50
-_BLEND_STEPS = 600
 
 
 class AutoencoderInTraining(nn.Module):
@@ -123,10 +122,10 @@ def random_batch(pools: dict[tuple[int, int], list[NDArray[np.uint8]]], rng: np.
 
 
 def losses(
-    model: AutoencoderInTraining, code: PatchCode, pixels: Tensor, rng: np.random.Generator, step: int
+    model: AutoencoderInTraining, code: PatchCode, pixels: Tensor, rng: np.random.Generator, step: int, blend_steps: int
 ) -> tuple[Tensor, Tensor]:
     """The encoder's squared error against the code, and the decoder's reconstruction loss."""
-    gentle = min(1.0, step / _BLEND_STEPS)
+    gentle = min(1.0, step / max(blend_steps, 1))
     latents = code.encode(pixels)
     written = (model.encode(pixels) - latents).square().mean()
     strength = gentle * torch.from_numpy(rng.random((len(pixels), 1, 1, 1), np.float32)) * _LARGEST_NOISE
@@ -182,7 +181,7 @@ def train(arguments: argparse.Namespace) -> None:
             group["lr"] = learning_rate(step, arguments.steps, _PEAK_RATE)
         pixels = random_batch(pools, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            written, read = losses(model, code, pixels, rng, step)
+            written, read = losses(model, code, pixels, rng, step + 1, arguments.blend_steps)
         optimizer.zero_grad(set_to_none=True)
         (written + read).backward()
         for part in (model.vae.encoder, model.vae.decoder):
@@ -205,6 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--start-from", type=Path, help="weights to begin with instead of random ones")
+    parser.add_argument("--blend-steps", type=int, default=600, help="until noise and absolute terms count fully")
     parser.add_argument("--pictures", type=int, default=1500, help="size of the pool of drawings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
