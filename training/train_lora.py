@@ -177,7 +177,7 @@ def share_of_rate(step: int, steps: int) -> float:
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile each block's forward, hooks on its linears included: a step then takes half the time on a CPU."""
+    """Compile each block's forward, hooks on its linears included."""
     torch._dynamo.config.recompile_limit = 64  # blocks share their code, and each is a case of its own
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
