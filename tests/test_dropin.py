@@ -1,4 +1,4 @@
-"""Copied into a Wan2GP checkout, models/z_image with shared/quant and shared/samplers runs there, and needs no more.
+"""Copied into a Wan2GP checkout, models/z_image with shared/ops, quant and samplers runs there, and needs no more.
 
 The host is a stand-in (tests/support/dropin_host.py), in a folder that holds nothing else of this program.
 """
@@ -17,7 +17,7 @@ import pytest
 
 PROGRAM = Path(__file__).parents[1]
 DEMO = PROGRAM / "models" / "z_image" / "demo"
-COPIED = ("models/z_image", "shared/quant", "shared/samplers")
+COPIED = ("models/z_image", "shared/ops", "shared/quant", "shared/samplers")
 
 # The host's own modules that ours may import: names and arguments of Wan2GP, the least that works.
 HOST_MODULES = {

@@ -141,6 +141,7 @@ MODEL_KEYS: Mapping[str, Key] = {
     "loras": Key(LINKS, "LoRA files that always apply, before the user's"),
     "loras_multipliers": Key(MULTIPLIERS, "their strengths, in the same order (1 where missing)"),
     "attention": Key(ATTENTION, "attention modes for certain GPUs; the first condition that holds is used"),
+    "unsafe_attention": Key(TEXT_LIST, "attention modes that draw this model wrong and are refused"),
     "dtype": Key(DTYPE, "number type to compute in"),
     "configs": Key(CONFIGS, "named sets of model keys that replace those above when chosen"),
     "visible": Key(FLAG, "false: usable by id, but not listed", True),
