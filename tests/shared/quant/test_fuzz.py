@@ -91,14 +91,11 @@ def test_numbers_and_text_that_no_header_can_mean_are_refused(data: bytes, tmp_p
         Checkpoint.open(path)
 
 
-def test_a_header_that_only_we_would_take_is_refused_when_loaded(tmp_path: Path) -> None:
+def test_metadata_that_are_no_texts_keep_nobody_from_the_tensors(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    path.write_bytes(a_header({}, metadata={"rank": 4}))  # the package wants texts
+    path.write_bytes(a_header({}, metadata={"rank": 4}))  # the safetensors package wants texts
 
-    checkpoint = Checkpoint.open(path)
-
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: its tensors cannot be read"):
-        checkpoint.load()
+    assert Checkpoint.open(path).load().keys() == {"a"}
 
 
 def changed(reader: Reader, name: str, tensor: torch.Tensor, metadata: dict[str, str] | None = None) -> bytes:
