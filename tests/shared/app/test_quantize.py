@@ -134,7 +134,7 @@ def test_what_is_no_transformer_is_called_by_its_name(ctx: AppContext) -> None:
     pairs = {f"diffusion_model.layers.0.attention.out.lora_{x}.weight": torch.ones(4, 384) for x in "A"}
     pairs["diffusion_model.layers.0.attention.out.lora_B.weight"] = torch.ones(384, 4)
     save_file(pairs, path)
-    with pytest.raises(UserError, match=r"LoRA.*only transformers can be converted"):
+    with pytest.raises(UserError, match=r"LoRA.*only transformers and ControlNets can be converted"):
         run(ctx, "--format", "int8", "--output", str(ctx.root / "o.safetensors"))
 
     path.write_bytes(b"\0" * 7)

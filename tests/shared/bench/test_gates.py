@@ -63,7 +63,9 @@ def test_writing_gates_without_the_counters_says_so(tmp_path: Path, record: Reco
     assert not (tmp_path / "gates.json").exists()
 
 
-@pytest.mark.skipif("ZIMAGE_GATES" not in os.environ, reason="counts for minutes; `make bench` and ZIMAGE_GATES=1 do it")
+@pytest.mark.skipif(
+    "ZIMAGE_GATES" not in os.environ, reason="counts for minutes; `make bench` and ZIMAGE_GATES=1 do it"
+)
 def test_the_programs_counters_are_those_of_the_gates(stand: Stand, record: Record) -> None:
     with torch.no_grad():
         counters(stand)
