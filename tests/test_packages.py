@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parents[1]
-# Used where the user has installed it. Never required: the package index has another package of that name.
-OPTIONAL = {"nunchaku"}
+# Used where the user has installed them, never required. (nunchaku: the package index has another package of that name.)
+OPTIONAL = {"nunchaku", "triton", "flash-attn", "flash-attn-interface", "sageattention", "xformers", "onnxruntime"}
 OURS = {"models", "shared", "training", "tests", "run", "wgp"}
 
 
@@ -55,7 +55,7 @@ def test_what_the_program_imports_is_in_its_requirements() -> None:
 
 
 def test_what_tests_and_training_import_is_in_the_requirements() -> None:
-    listed = requirements("requirements.txt") | requirements("requirements-dev.txt")
+    listed = requirements("requirements.txt").keys() | requirements("requirements-dev.txt").keys() | OPTIONAL
     imported = imported_packages("tests/**/*.py", "training/**/*.py")
 
     assert {package: file for package, file in imported.items() if package not in listed} == {}
