@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 PROGRAM = Path(__file__).parents[1]
-# Used where the user has installed them, never required. (nunchaku: the package index has another package of that name.)
+# Used where the user has installed them, never required. The index has another package named nunchaku.
 OPTIONAL = {"nunchaku", "triton", "flash-attn", "flash-attn-interface", "sageattention", "xformers", "onnxruntime"}
 OURS = {"models", "shared", "training", "tests", "run", "wgp"}
 
