@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,6 @@ _EDGE_WEIGHT = 0.7
 _EDGE_EMPHASIS = 2.0  # how much more an error near an edge counts: tips of small stars are few pixels
 _JUMP = 0.1  # of the range of 2
 _LARGEST_NOISE = 0.12  # deviation of the noise on the latents, whose own deviation is 1
-_PEAK_RATE = 5e-4
 _P_WHOLE = 0.25
 _WARM_UP_STEPS = 50
 
@@ -80,10 +80,18 @@ class AutoencoderInTraining(nn.Module):
         return pixels
 
 
-def draw_pool(count: int, sizes: tuple[tuple[int, int], ...], seed: int) -> list[NDArray[np.uint8]]:
-    """Draw `count` random training scenes, cycling through the sizes."""
+def draw_pool(
+    count: int, sizes: tuple[tuple[int, int], ...], seed: int, small_share: float = 0.0
+) -> list[NDArray[np.uint8]]:
+    """Draw `count` random training scenes, cycling through the sizes; `small_share` of them with small shapes only."""
     rng = np.random.default_rng(seed)
-    return [draw_scene(sample_scene(rng, held_out=False), *sizes[i % len(sizes)]) for i in range(count)]
+    pictures = []
+    for i in range(count):
+        scene = sample_scene(rng, held_out=False)
+        if rng.random() < small_share:
+            scene = replace(scene, shapes=tuple(replace(shape, size="small") for shape in scene.shapes))
+        pictures.append(draw_scene(scene, *sizes[i % len(sizes)]))
+    return pictures
 
 
 def to_pixels(pictures: list[NDArray[np.uint8]]) -> Tensor:
@@ -134,12 +142,20 @@ def random_batch(pools: dict[tuple[int, int], list[NDArray[np.uint8]]], rng: np.
 
 
 def losses(
-    model: AutoencoderInTraining, code: PatchCode, pixels: Tensor, rng: np.random.Generator, step: int, blend_steps: int
+    model: AutoencoderInTraining,
+    code: PatchCode,
+    pixels: Tensor,
+    rng: np.random.Generator,
+    *,
+    gentle: float,
+    encoder: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The encoder's squared error against the code, and the decoder's reconstruction loss."""
-    gentle = min(1.0, step / max(blend_steps, 1))
+    """The encoder's squared error against the code (0 unless `encoder`), and the decoder's reconstruction loss.
+
+    gentle: how far noise and absolute terms are blended in, 0 to 1.
+    """
     latents = code.encode(pixels)
-    written = (model.encode(pixels) - latents).square().mean()
+    written = (model.encode(pixels) - latents).square().mean() if encoder else torch.zeros(())
     strength = gentle * torch.from_numpy(rng.random((len(pixels), 1, 1, 1), np.float32)) * _LARGEST_NOISE
     noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
     read = model.decode(latents + strength * noise)
@@ -184,19 +200,21 @@ def train(arguments: argparse.Namespace) -> None:
         first_step = saved["step"]
 
     pools = {
-        size: draw_pool(arguments.pictures // len(PICTURE_SIZES), (size,), arguments.seed) for size in PICTURE_SIZES
+        size: draw_pool(arguments.pictures // len(PICTURE_SIZES), (size,), arguments.seed, arguments.small_share)
+        for size in PICTURE_SIZES
     }
     started, running = time.monotonic(), np.zeros(2)
     for step in range(first_step, arguments.steps):
         rng = np.random.default_rng((arguments.seed, step))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps, _PEAK_RATE)
+            group["lr"] = learning_rate(step, arguments.steps, arguments.peak_rate)
         pixels = random_batch(pools, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            written, read = losses(model, code, pixels, rng, step + 1, arguments.blend_steps)
+            gentle = min(1.0, (step + 1) / max(arguments.blend_steps, 1))
+            written, read = losses(model, code, pixels, rng, gentle=gentle, encoder=not arguments.decoder_only)
         optimizer.zero_grad(set_to_none=True)
         (written + read).backward()
-        for part in (model.vae.encoder, model.vae.decoder):
+        for part in (model.vae.decoder,) if arguments.decoder_only else (model.vae.encoder, model.vae.decoder):
             nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
         values = np.array([float(written.detach()), float(read.detach())])
@@ -217,6 +235,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--start-from", type=Path, help="weights to begin with instead of random ones")
     parser.add_argument("--blend-steps", type=int, default=600, help="until noise and absolute terms count fully")
+    parser.add_argument("--peak-rate", type=float, default=5e-4, help="learning rate; 3e-4 and less to polish")
+    parser.add_argument("--decoder-only", action="store_true", help="leave the encoder as it is")
+    parser.add_argument("--small-share", type=float, default=0.0, help="of the drawings, those with small shapes only")
     parser.add_argument("--pictures", type=int, default=1500, help="size of the pool of drawings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
