@@ -90,11 +90,16 @@ PACKED = {
     "z_image_nunchaku_r128_fp4": ("svdq", r"svdq-fp4_r128-.*\.safetensors", "4-bit floats.* rank 128 "),
     "z_image_nvfp4_mixed": ("nvfp4", r"z_image_turbo_nvfp4\.safetensors", "NVFP4, with MXFP8"),
     "z_image_fp8_scaled": ("fp8_scaled", r".*_fp8_scaled_e4m3fn_.*\.safetensors", r"8-bit float weights \(e4m3\)"),
+    "z_image_fp8": ("fp8_plain", r"z-image-turbo-fp8-e4m3fn\.safetensors", r"8-bit floats \(e4m3\) without scales"),
+    "z_image_fp8_e5m2": ("fp8_plain", r"z-image-turbo-fp8-e5m2\.safetensors", r"8-bit floats \(e5m2, .*without scales"),
+    "z_image_aio_fp8": ("fp8_plain", r"z-image-turbo-fp8-aio\.safetensors", r"in one file.* without scales"),
+    "z_image_mxfp8": ("mxfp8", r"zImageTurbo-mxfp8\.safetensors", "MXFP8 .* bf16 for critical layers"),
     "z_image_comfy_int8": ("comfy_int8", r"z_image_turbo_int8_convrot\.safetensors", "int8 file.* rotated"),
     "z_image_gguf_q8_0": ("gguf", r".*-Q8_0\.gguf", "GGUF file, 8 bits"),
     "z_image_gguf_q6_k": ("gguf", r".*-Q6_K\.gguf", "GGUF file, 6 bits"),
     "z_image_gguf_q5_k_m": ("gguf", r".*-Q5_K_M\.gguf", "GGUF file, 5 and 6 bits"),
     "z_image_gguf_q4_k_m": ("gguf", r".*-Q4_K_M\.gguf", "GGUF file, 4 to 6 bits"),
+    "z_image_gguf_q4_0": ("gguf", r".*-Q4_0\.gguf", "GGUF file of stable-diffusion.cpp, 4 bits"),
 }
 # The ControlNet of each preset that has one: gigabytes of its bf16 file, and its name in Wan2GP's preset of the same
 # id (defaults/*.json at 8681e9f7; for 8 steps Wan2GP pairs a Tile file with a Union one, which is not repeated here).
@@ -107,7 +112,7 @@ CONTROL = {
     "z_image_control2_1_tile": (6.7, None),
     "z_image_base_control2_1": (6.7, None),
 }
-PLAIN = ("z_image", "z_image_base", "z_image_twinflow_turbo", "z_image_comfy_bf16")
+PLAIN = ("z_image", "z_image_base", "z_image_twinflow_turbo", "z_image_comfy_bf16", "z_image_base_comfy_bf16")
 BIG = [*PLAIN, *PACKED]
 
 # Bytes of files as their hosts list them (docs/presets.md names the pages); two decimals where only those are known.
@@ -117,10 +122,14 @@ PUBLISHED = {
     "z_image_fp8_scaled": 6.16e9,
     "z_image_nvfp4_mixed": 4.84e9,
     "z_image_nunchaku_r128_int4": 4_011_374_152,
+    "z_image_fp8": 6.15e9,
+    "z_image_fp8_e5m2": 6.15e9,
+    "z_image_mxfp8": 6.23 * 2**30,  # its card says GB, but 8 bits and scales for all parameters would be 6.35e9
     "z_image_gguf_q8_0": 7_224_707_136,
     "z_image_gguf_q6_k": 5.91e9,
     "z_image_gguf_q5_k_m": 5.52e9,
     "z_image_gguf_q4_k_m": 4_981_532_736,
+    "z_image_gguf_q4_0": 3_683_370_944,
 }
 PUBLISHED_ENCODERS = {
     "qwen_3_4b.safetensors": 8_044_982_048,
@@ -134,7 +143,13 @@ Cost = Callable[[str, tuple[int, ...]], float]  # bytes of one tensor, by name a
 TRUNK = r"layers\.\d+\.(attention\.(qkv|out)|feed_forward\.w(13|2)|adaLN_modulation\.0)\.weight"
 BLOCKS = TRUNK.replace("layers", "(layers|noise_refiner|context_refiner)")
 ATTENTION_AND_FFN = BLOCKS.replace("|adaLN_modulation\\.0", "")
-GGUF_BYTES = {"Q8_0": 34 / 32, "Q6_K": 210 / 256, "Q5_K": 176 / 256, "Q4_K": 144 / 256}  # a number, scales included
+GGUF_BYTES = {
+    "Q8_0": 34 / 32,
+    "Q4_0": 18 / 32,
+    "Q6_K": 210 / 256,
+    "Q5_K": 176 / 256,
+    "Q4_K": 144 / 256,
+}  # a number, scales included
 
 
 @cache
@@ -170,6 +185,11 @@ def encoder_shapes() -> Shapes:
 
 def bf16(name: str, shape: tuple[int, ...]) -> float:
     return 2 * prod(shape)
+
+
+def fp8(name: str, shape: tuple[int, ...]) -> float:
+    """A file cast with everything in it."""
+    return prod(shape)
 
 
 def packed(pattern: str, cost: Cost) -> Cost:
@@ -208,6 +228,27 @@ def nvfp4_mixed(name: str, shape: tuple[int, ...]) -> float:
     return {"bf16": numbers * 2, "mxfp8": numbers + numbers // 32, "nvfp4": numbers // 2 + numbers // 16 + 4}[kept]
 
 
+def mxfp8(name: str, shape: tuple[int, ...]) -> float:
+    """By the layer list of the card: all of the blocks, but for these."""
+    if ".w13." in name:
+        half = (shape[0] // 2, shape[1])
+        return sum(mxfp8(name.replace("w13", which), half) for which in ("w1", "w3"))
+    critical = (
+        r"layers\.29\.attention\.qkv|layers\.2[2-9]\.adaLN_modulation\.0|context_refiner\.[01]\.attention\.out|"
+        r"context_refiner\.1\.feed_forward\.w2|noise_refiner\.1\.(attention\.(qkv|out)|feed_forward\.w2)|"
+        r"noise_refiner\.[01]\.feed_forward\.w3"
+    )
+    kept = re.fullmatch(rf"({critical})\.weight", name) or not re.fullmatch(BLOCKS.replace("(13|2)", "[123]"), name)
+    return bf16(name, shape) if kept else prod(shape) * 33 / 32
+
+
+def sd_cpp_q4_0(name: str, shape: tuple[int, ...]) -> float:
+    """stable-diffusion.cpp's layout: blocks packed, one refiner in Q8_0 (the published size says so), the rest F32."""
+    if len(shape) == 1 or not re.fullmatch(BLOCKS, name):
+        return 4 * prod(shape)
+    return prod(shape) * GGUF_BYTES["Q8_0" if name.startswith("context_refiner") else "Q4_0"]
+
+
 def gguf(usual: str, *, qkv: str = "", w2: str = "") -> Cost:
     """city96's layout: the 30 layers packed, vectors float32, the rest bf16."""
 
@@ -239,11 +280,14 @@ TRANSFORMERS: Mapping[str, Cost] = {
     **{f"z_image_nunchaku_r{rank}_fp4": svdq("fp4", rank) for rank in (32, 128)},
     "z_image_nvfp4_mixed": nvfp4_mixed,
     "z_image_fp8_scaled": packed(rf"{BLOCKS}|cap_embedder\.1\.weight", lambda name, shape: prod(shape) + 4),
+    **dict.fromkeys(("z_image_fp8", "z_image_fp8_e5m2", "z_image_aio_fp8"), fp8),
+    "z_image_mxfp8": mxfp8,
     "z_image_comfy_int8": packed(BLOCKS, int8_rows(4)),
     "z_image_gguf_q8_0": gguf("Q8_0"),
     "z_image_gguf_q6_k": gguf("Q6_K"),
     "z_image_gguf_q5_k_m": gguf("Q5_K", qkv="Q6_K", w2="Q6_K"),
     "z_image_gguf_q4_k_m": gguf("Q4_K", qkv="Q5_K", w2="Q6_K"),
+    "z_image_gguf_q4_0": sd_cpp_q4_0,
 }
 ENCODERS: Mapping[str, Cost] = {
     "qwen3_bf16.safetensors": bf16,
@@ -251,6 +295,7 @@ ENCODERS: Mapping[str, Cost] = {
     "qwen3_quanto_bf16_int8.safetensors": packed(r"layers\..*_proj\.weight", int8_rows(2)),
     "Qwen3-4B-Q8_0.gguf": lambda name, shape: prod(shape) * (4 if len(shape) == 1 else GGUF_BYTES["Q8_0"]),
     "Qwen3-4B-Q4_K_M.gguf": gguf_encoder,
+    "z-image-turbo-fp8-aio.safetensors": fp8,
 }
 
 
@@ -383,6 +428,12 @@ def test_the_arithmetic_meets_the_published_files():
         assert total(transformer_shapes(), TRANSFORMERS[preset_id]) == pytest.approx(published, rel=0.005), preset_id
     for name, published in PUBLISHED_ENCODERS.items():
         assert total(encoder_shapes(), ENCODERS[name]) == pytest.approx(published, rel=0.005), name
+
+
+def test_the_file_of_all_three_parts_is_their_sum():
+    parts = total(transformer_shapes(), fp8) + total(encoder_shapes(), fp8) + 83_819_683 * 2
+
+    assert parts == pytest.approx(10_345_190_658, rel=1e-4)  # its size in a public program's list of downloads
 
 
 def test_the_presets_page_lists_every_file_with_its_size(collection):
