@@ -48,6 +48,15 @@ _CONTROL_WITH_MASK_DEF: Mapping[str, Any] = {
     "inpaint_support": True,
     "inpaint_video_prompt_type": "VA",
 }
+# Letter I of video_prompt_type: there are reference pictures, each shown whole.
+_OMNI_DEF: Mapping[str, Any] = {
+    "image_ref_choices": {
+        "choices": [("None", ""), ("Reference Pictures", "I")],
+        "letters_filter": "I",
+        "default": "I",
+    },
+    "no_background_removal": True,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +107,14 @@ _ROWS = (
         equivalent_to="z_image_control2",
         default_settings=_CONTROL_DEFAULTS,
         extra_def=_CONTROL_WITH_MASK_DEF,
+    ),
+    # Ours alone: no weights are published and Wan2GP has no such architecture. Defaults are Base's until there are.
+    Variant(
+        architecture="z_image_omni",
+        guidance_max_phases=1,
+        flow_shift=True,
+        default_settings={"guidance_scale": 4, "num_inference_steps": 30, "flow_shift": 6.0},
+        extra_def={**_BASE_DEF, **_OMNI_DEF},
     ),
 )
 

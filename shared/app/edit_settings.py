@@ -19,7 +19,8 @@ AREAS: Mapping[str, str] = {
 }
 MAX_MARGIN = 4096  # pixels
 
-# Wan2GP's letters for what a control picture is turned into; V means there is one, A that there is a mask.
+# Wan2GP's letters for what a control picture is turned into; V means there is one, A that there is a mask, I that there
+# are references.
 _LETTERS = {"canny": "E", "scribble": "S", "gray": "C", "pose": "P", "depth": "D"}
 
 # key -> (lowest, highest) allowed value
@@ -88,14 +89,17 @@ class EditSettings:
         return bool(self.image_mask) or any(self.margins)
 
     def as_record(self) -> dict[str, Any]:
-        """What redraws the picture, and Wan2GP's letters for the control picture; {} where nothing is asked."""
+        """What redraws the picture, and Wan2GP's letters for what was given; {} where nothing is asked."""
         if self == EditSettings():
             return {}
         record = {key: value for key, value in asdict(self).items() if value not in ("", ())}
+        letters = ""
         if self.image_guide or self.image_mask:
             letters = _LETTERS.get(self.control_preprocessor, "") if self.image_guide else ""
-            record["video_prompt_type"] = f"{letters}V{'A' if self.image_mask else ''}"
-        return record
+            letters += "VA" if self.image_mask else "V"
+        if self.image_refs:
+            letters += "I"
+        return record | ({"video_prompt_type": letters} if letters else {})
 
     def _check(self) -> None:
         for key, (lowest, highest) in _RANGES.items():

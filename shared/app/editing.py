@@ -325,10 +325,15 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
     folder: where pictures are looked for that are not there as given (see `keep_sources`).
 
     Raises UserError naming the file for one that is missing, broken, too large or of the wrong shape, for a mask that
-    marks nothing, and for a control picture when the model has no ControlNet.
+    marks nothing, and for control or reference pictures that the model does not look at.
     """
     edit = settings.edit
     has_control = "guide_preprocessing" in model_def
+    if edit.image_refs and "image_ref_choices" not in model_def:
+        raise UserError(
+            "This preset's model does not look at reference pictures.",
+            'Omni and Edit models do; a preset for such a file has the architecture "z_image_omni".',
+        )
     if edit.image_guide and not has_control:
         raise UserError(
             "This preset has no ControlNet, so the control picture cannot steer it.",

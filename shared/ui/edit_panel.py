@@ -1,4 +1,5 @@
-"""The part of the page that draws from pictures: a start picture with a painted mask, a control picture, margins."""
+"""The part of the page that draws from pictures: a start picture with a painted mask, a control picture, margins,
+references."""
 
 from __future__ import annotations
 
@@ -51,6 +52,8 @@ class EditPanel:
     control_end: gr.Slider
     preview: gr.Button
     preview_image: gr.Image
+    references_group: gr.Accordion
+    image_refs: gr.Gallery
 
 
 def build_edit_panel() -> EditPanel:
@@ -111,18 +114,24 @@ def build_edit_panel() -> EditPanel:
         preview_image = gr.Image(
             show_label=False, elem_id="control-seen", interactive=False, height=240, visible=False, format="png"
         )
+    with gr.Accordion("Reference pictures", elem_id="references", open=False, visible=False) as references_group:
+        image_refs = gr.Gallery(
+            label="Pictures to go by, which the prompt speaks of", elem_id="image-refs", type="filepath", columns=3,
+            height=240, sources=["upload", "clipboard"], file_types=["image"], interactive=True,
+        )  # fmt: skip
     return EditPanel(
         group=group, editor=editor, denoising_strength=denoising_strength, mask_expand=mask_expand,
         mask_feather=mask_feather, inpaint_area=inpaint_area, image_fit=image_fit, outpaint=outpaint,
         tile_scale=tile_scale, hires_scale=hires_scale, hires_strength=hires_strength, control_group=control_group,
         image_guide=image_guide, control_preprocessor=control_preprocessor, control_net_weight=control_net_weight,
         control_start=control_start, control_end=control_end, preview=preview, preview_image=preview_image,
+        references_group=references_group, image_refs=image_refs,
     )  # fmt: skip
 
 
 def edit_inputs(panel: EditPanel) -> dict[str, Any]:
     """The components a generation reads, by name."""
-    shown = ("group", "control_group", "preview", "preview_image")
+    shown = ("group", "control_group", "references_group", "preview", "preview_image")
     return {field.name: getattr(panel, field.name) for field in fields(panel) if field.name not in shown}
 
 
@@ -142,11 +151,12 @@ def edit_updates(panel: EditPanel, preset: Preset, values: Mapping[str, Any], fo
         panel.control_group: gr.update(visible=has_control(preset)),
         panel.control_net_weight: 0.75 if weight is None else float(weight),
         panel.preview_image: gr.update(visible=False),
+        panel.references_group: gr.update(visible=takes_references(preset)),
     }
     usual = EditSettings()
     for field in fields(EditSettings):
         component = getattr(panel, field.name, None)
-        if component is not None and field.name != "image_guide":
+        if component is not None and field.name not in ("image_guide", "image_refs"):
             value = settings.get(field.name)
             updates[component] = getattr(usual, field.name) if value in (None, "") else value
     if values.get("image_start"):
@@ -155,6 +165,9 @@ def edit_updates(panel: EditPanel, preset: Preset, values: Mapping[str, Any], fo
     if values.get("image_guide"):
         guide = folder / str(values["image_guide"])
         updates[panel.image_guide] = str(guide) if guide.is_file() else None
+    if values.get("image_refs"):
+        references = [folder / str(name) for name in values["image_refs"]]
+        updates[panel.image_refs] = [str(path) for path in references if path.is_file()]
     return updates
 
 
@@ -175,6 +188,8 @@ def edit_overrides(preset: Preset, entered: Mapping[str, Any], folder: Path) -> 
         if entered.get("image_guide"):
             of_control = ("image_guide", "control_preprocessor", "control_start", "control_end")
             taken |= {key: entered.get(key) for key in of_control}
+    if takes_references(preset) and entered.get("image_refs"):
+        taken["image_refs"] = [str(path) for path, _caption in entered["image_refs"]]
     return {key: value for key, value in taken.items() if value is not None}
 
 
@@ -188,6 +203,11 @@ def control_preview(preset: Preset, settings: GenerationSettings, folder: Path, 
 def has_control(preset: Preset) -> bool:
     """Whether the preset's model can be steered by a control picture."""
     return "guide_preprocessing" in preset.model_def
+
+
+def takes_references(preset: Preset) -> bool:
+    """Whether the preset's model looks at reference pictures."""
+    return "image_ref_choices" in preset.model_def
 
 
 def _picture_and_mask(value: Mapping[str, Any] | None) -> tuple[Image.Image | None, Image.Image | None]:

@@ -18,6 +18,7 @@ HUB = "https://huggingface.co/DeepBeepMeep/Z-Image/resolve/main/"
 
 # Values of Wan2GP's models/z_image/z_image_handler.py at 8681e9f7, read off by hand. Change them only when it does.
 ARCHITECTURES = ["z_image", "z_image_base", "z_image_control", "z_image_control2", "z_image_control2_1"]
+OWN_ARCHITECTURE = "z_image_omni"  # Wan2GP has none for these models
 COMMON_DEF = {
     "image_outputs": True,
     "guidance_max_phases": 0,
@@ -123,13 +124,21 @@ def test_methods_have_the_names_and_parameters_the_host_calls():
 
 
 def test_family_values_equal_wan2gp():
-    assert family_handler.query_supported_types() == ARCHITECTURES
+    assert family_handler.query_supported_types() == [*ARCHITECTURES, OWN_ARCHITECTURE]
     assert family_handler.query_model_family() == "z_image"
     assert family_handler.query_family_infos() == {"z_image": (1120, "Z-Image")}
     assert family_handler.query_family_maps() == (
         {"z_image_control2_1": "z_image_control2", "z_image_base": "z_image"},
         {},
     )
+
+
+def test_omni_is_guided_as_base_is_and_looks_at_reference_pictures():
+    found = family_handler.query_model_def(OWN_ARCHITECTURE, {})
+
+    base = family_handler.query_model_def("z_image_base", {})
+    assert {key: found[key] for key in base} == base
+    assert found["image_ref_choices"]["letters_filter"] == "I"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

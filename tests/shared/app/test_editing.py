@@ -17,6 +17,7 @@ from shared.quant.errors import UserError
 
 GREEN = (0, 255, 0)
 CONTROL_MODEL = {"guide_preprocessing": {"selection": ["V"]}}
+OMNI_MODEL = {"image_ref_choices": {"choices": [("Reference Pictures", "I")]}}
 
 
 def noise_picture(width: int, height: int, seed: int = 1) -> Image.Image:
@@ -252,7 +253,7 @@ def test_references_reach_every_drawing_as_they_are(studio: Studio) -> None:
     pictures = [noise_picture(50, 80, seed=1), noise_picture(30, 20, seed=2)]
     paths = tuple(studio.put(f"{i}.png", picture) for i, picture in enumerate(pictures))
 
-    edit = studio.open(image_refs=paths, hires_scale=2.0)
+    edit = studio.open(image_refs=paths, hires_scale=2.0, model=OMNI_MODEL)
     edit.draw(studio.draw)
 
     assert len(studio.asked) == 2
@@ -266,7 +267,7 @@ def test_a_reference_that_is_not_there_is_named(studio: Studio) -> None:
     path = studio.put("a.png", noise_picture(8, 8))
 
     with pytest.raises(UserError, match=r"gone\.png: reference picture 2 is not there"):
-        studio.open(image_refs=(path, "gone.png"))
+        studio.open(image_refs=(path, "gone.png"), model=OMNI_MODEL)
 
 
 def test_no_control_picture_is_no_preview(studio: Studio) -> None:
@@ -280,6 +281,11 @@ def test_no_control_picture_is_no_preview(studio: Studio) -> None:
 def test_a_control_picture_needs_a_preset_with_a_controlnet(studio: Studio) -> None:
     with pytest.raises(UserError, match=r"no ControlNet.*z_image_control2_1"):
         studio.open(image_guide=studio.put("c.png", noise_picture(8, 8)))
+
+
+def test_references_need_a_preset_for_a_model_that_looks_at_them(studio: Studio) -> None:
+    with pytest.raises(UserError, match=r"does not look at reference pictures.*z_image_omni"):
+        studio.open(image_refs=(studio.put("r.png", noise_picture(8, 8)),), model=CONTROL_MODEL)
 
 
 def test_strength_1_is_said_and_for_tiles_refused(studio: Studio) -> None:

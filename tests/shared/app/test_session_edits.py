@@ -54,14 +54,17 @@ def test_references_are_copied_recorded_and_drawn_from_again(
     ctx: AppContext, handler: FakeHandler, tmp_path: Path
 ) -> None:
     given = [put(tmp_path / "r.png"), put_mask(tmp_path / "s.png")]
-    first = ctx.session.generate("one", order(ctx, image_refs=given)).images[0]
+    write_preset(tmp_path, "omni", image_ref_choices={"choices": [["Reference Pictures", "I"]]})
+    ctx.refresh_presets()
+    first = ctx.session.generate("omni", order(ctx, image_refs=given)).images[0]
     for path in given:
         Path(path).unlink()
 
     record = read_record(first.path)
     assert record is not None
-    ctx.session.generate("one", GenerationSettings.build(ctx.presets.get("one"), record))
+    ctx.session.generate("omni", GenerationSettings.build(ctx.presets.get("omni"), record))
 
+    assert record["video_prompt_type"] == "I"
     assert [len(call["input_ref_images"]) for call in handler.processors[0].calls] == [2, 2]
     assert all(name.startswith("inputs/") for name in record["image_refs"])
 

@@ -26,6 +26,7 @@ from shared.ui.edit_panel import (
 )
 
 CONTROL = {"guide_preprocessing": {"selection": ["V"]}}
+OMNI = {"image_ref_choices": {"choices": [("Reference Pictures", "I")]}}
 
 
 @pytest.fixture
@@ -131,6 +132,28 @@ def test_a_record_brings_picture_mask_and_control_back(panel: EditPanel, steered
     assert shown[panel.denoising_strength] == 0.3
     assert shown[panel.mask_feather] == 3
     assert shown[panel.image_guide] == str(guide)
+
+
+def test_references_are_asked_of_models_that_look_at_them(
+    panel: EditPanel, plain: Preset, preset_of: Callable[..., Preset], tmp_path: Path
+) -> None:
+    omni = preset_of(model_def=OMNI)
+    values = entered(panel, image_refs=[("a.png", None), ("b.png", None)])
+
+    assert edit_overrides(omni, values, tmp_path)["image_refs"] == ["a.png", "b.png"]
+    assert "image_refs" not in edit_overrides(plain, values, tmp_path)
+    assert edit_updates(panel, omni, {}, tmp_path)[panel.references_group]["visible"]
+    assert not edit_updates(panel, plain, {}, tmp_path)[panel.references_group]["visible"]
+
+
+def test_a_record_brings_the_references_back_that_are_still_there(
+    panel: EditPanel, preset_of: Callable[..., Preset], tmp_path: Path
+) -> None:
+    picture().save(tmp_path / "here.png")
+
+    shown = edit_updates(panel, preset_of(model_def=OMNI), {"image_refs": ["here.png", "gone.png"]}, tmp_path)
+
+    assert shown[panel.image_refs] == [str(tmp_path / "here.png")]
 
 
 def test_a_picture_that_is_gone_leaves_the_editor_empty(panel: EditPanel, plain: Preset, tmp_path: Path) -> None:
