@@ -52,6 +52,7 @@ CASES: tuple[Case, ...] = (
     Case("B8", "VAE decode, whole and tiled", _PICTURES, "ms, peak memory, error", ("P1",), needs_gpu=True),
     Case("B9", "growth of time and memory with the picture", _PICTURES, "ms per TFLOP, GB per megapixel", ("P1",),
          needs_gpu=True),
+    Case("B10", "a LoRA of rank 32 on every block", "1024x1024", "ms, error", ("P1",), needs_gpu=True),
     Case("C0", "roofs of one CPU core: products, attention, copies", "real layers at 512 and 1024 tokens", "GFLOP/s"),
     Case("C1", "dispatch: what a forward costs beside its arithmetic", "34 blocks, dim 128, 64 tokens",
          "CPU ms, aten ops, error", ("P1", "P2")),
@@ -66,6 +67,8 @@ CASES: tuple[Case, ...] = (
     Case("C7", "exact counters", "forwards per picture; ops, bytes and host reads per forward", "integers, gated"),
     Case("C8", "text encoder", "100 tokens, two layers of real width", "CPU ms, error", ("P1",)),
     Case("C9", "VAE decode", "128x128 pixels, real width", "CPU ms, error", ("P1",)),
+    Case("C10", "a LoRA of rank 32 on one block of real width, another file on the demo", "dim 3840; 1024 tokens",
+         "CPU ms, error", ("P1",)),
 )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from models.z_image.bench import blocks, counting, forwards, opening, pictures, roofs, stages
+from models.z_image.bench import blocks, counting, forwards, loras, opening, pictures, roofs, stages
 from models.z_image.bench.stand import Stand
 from models.z_image.bench.streamed import variants
 
@@ -21,6 +21,7 @@ CASES: Mapping[str, Callable[[Stand], None]] = {
     "B7": stages.text_on_gpu,
     "B8": stages.decode_on_gpu,
     "B9": pictures.growth,
+    "B10": loras.on_gpu,
     "C0": roofs.cpu,
     "C1": forwards.dispatch,
     "C2": forwards.small,
@@ -29,6 +30,7 @@ CASES: Mapping[str, Callable[[Stand], None]] = {
     "C7": counting.counters,
     "C8": stages.text_on_cpu,
     "C9": stages.decode_on_cpu,
+    "C10": loras.on_cpu,
 }
 
 # Kinds of weight for the simulation of streaming: bytes of each block, GPU -> milliseconds of computing.

@@ -46,7 +46,7 @@ def test_an_unknown_peer_is_refused() -> None:
 
 
 def test_every_case_that_is_documented_is_there_once_and_tells_what_it_needs() -> None:
-    expected = {f"B{i}" for i in range(10)} | {f"C{i}" for i in range(10)}
+    expected = {f"B{i}" for i in range(11)} | {f"C{i}" for i in range(11)}
 
     assert {case.id for case in CASES} == expected
     assert len(CASES) == len(expected)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.z_image.bench import blocks, forwards, opening, pictures, stages, twins
+from models.z_image.bench import blocks, forwards, loras, opening, pictures, stages, twins
 from models.z_image.config import TransformerConfig
 from shared.bench.measure import CpuClock
 from shared.bench.stand import Stand
@@ -126,6 +126,21 @@ def test_a_block_in_every_kind_of_weight(stand: Stand, monkeypatch: pytest.Monke
     kinds = {row.who: row.values for row in stand.rows if "weight_bytes" in row.values}
     assert kinds["ours nvfp4"]["weight_bytes"] < 0.6 * float(kinds["ours int8"]["weight_bytes"])
     assert all(kinds[who]["kernels"] for who in kinds)
+
+
+def test_a_lora_is_the_same_change_on_both_sides(stand: Stand) -> None:
+    loras.on_cpu(stand, SMALL)
+    loras.on_gpu(stand, SMALL, 64)
+
+    found = errors(stand)
+    for row in ("rank 32, 1024 tokens", "rank 32, 64x64"):
+        assert max(found[row, "ours with LoRA"], found[row, "P1 with LoRA"]) < BF16
+        assert min(found[row, "ours"], found[row, "P1"]) > 2 * BF16, "a forward without it is another"
+    added = [row.who for row in stand.rows if "percent" in row.values]
+    assert added == ["ours: added by the LoRA", "P1: added by the LoRA"] * 2
+    assert {row.who for row in stand.rows if row.row.startswith("the demo")} == {
+        "ours forward", "ours swap", "ours swap and forward",
+    }  # fmt: skip
 
 
 def test_every_format_runs_in_the_case_for_gpus(stand: Stand) -> None:
