@@ -71,13 +71,17 @@ class Downloading:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """step of steps is done in picture image of images, all counted from 1. seconds_left: of the whole batch."""
+    """step of steps is done in picture image of images, all counted from 1. seconds_left: of the whole batch.
+
+    forwards: transformer calls that this picture has taken so far; 0 where the family does not count them.
+    """
 
     image: int
     images: int
     step: int
     steps: int
     seconds_left: float | None
+    forwards: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,7 +486,8 @@ class _Run:
             if step + 1 == steps:
                 self._stage = "decode"
             left = clock.step_done(done)
-            self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left))
+            forwards = self._forwards + int(model.processor.report.get("forwards", 0))
+            self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left, forwards))
 
         planned = {} if self._tile is None else {"VAE_tile_size": self._tile}
         result = model.processor.generate(

@@ -64,9 +64,10 @@ class ProgressLine:
 
 
 def step_words(event: StepDone) -> str:
-    """ "Step 3 of 8", with the picture's number in a batch."""
+    """ "Step 3 of 8", with the picture's number in a batch, and with the forwards where a step takes more than one."""
     picture = f"Picture {event.image} of {event.images}, step" if event.images > 1 else "Step"
-    return f"{picture} {event.step} of {event.steps}"
+    forwards = f" ({event.forwards} forwards)" if event.forwards > event.step else ""
+    return f"{picture} {event.step} of {event.steps}{forwards}"
 
 
 def left_words(seconds: float | None) -> str:

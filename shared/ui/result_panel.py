@@ -65,7 +65,9 @@ def step_status(event: StepDone) -> str:
     picture = f"Picture {event.image} of {event.images} · " if event.images > 1 else ""
     fraction = (event.image - 1 + event.step / event.steps) / event.images
     left = f"about {duration(event.seconds_left)} left" if event.seconds_left else ""
-    return working(f"{picture}step {event.step} of {event.steps}".capitalize(), fraction=fraction, remark=left)
+    forwards = f" · {event.forwards} forwards" if event.forwards > event.step else ""
+    words = f"{picture}step {event.step} of {event.steps}{forwards}".capitalize()
+    return working(words, fraction=fraction, remark=left)
 
 
 def download_status(progress: DownloadProgress) -> str:

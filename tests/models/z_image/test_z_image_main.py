@@ -66,6 +66,14 @@ def test_the_report_says_what_was_done(processor: model_factory) -> None:
     assert all(s >= 0 for s in processor.report["seconds"].values())
 
 
+def test_forwards_are_counted_while_they_are_made(processor: model_factory) -> None:
+    counts: list[int] = []
+
+    draw(processor, sample_solver="heun", callback=lambda i, *_: counts.append(processor.report["forwards"]))
+
+    assert counts == [0, 2, 4, 5]
+
+
 def test_a_lora_changes_the_picture_and_leaves_when_told(processor: model_factory, tmp_path: Path) -> None:
     base = "transformer.layers.0.feed_forward.w2"
     save_file(

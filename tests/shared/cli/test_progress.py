@@ -16,6 +16,8 @@ from shared.cli.progress import ProgressLine, download_remark, duration, file_si
     [
         (StepDone(1, 1, 3, 8, None), "Step 3 of 8"),
         (StepDone(2, 4, 3, 8, 1.0), "Picture 2 of 4, step 3 of 8"),
+        (StepDone(1, 1, 3, 8, None, forwards=3), "Step 3 of 8"),
+        (StepDone(1, 1, 3, 8, None, forwards=6), "Step 3 of 8 (6 forwards)"),
     ],
 )
 def test_steps_in_words(event: StepDone, words: str) -> None:

@@ -33,6 +33,14 @@ def test_one_picture_is_not_counted_and_unknown_time_not_guessed() -> None:
     assert "Picture" not in markup and "left" not in markup
 
 
+def test_forwards_are_told_where_a_step_takes_several() -> None:
+    one = StepDone(image=1, images=1, step=3, steps=8, seconds_left=None, forwards=3)
+    two = StepDone(image=1, images=1, step=3, steps=8, seconds_left=None, forwards=6)
+
+    assert "forwards" not in result_panel.step_status(one)
+    assert "Step 3 of 8 · 6 forwards" in result_panel.step_status(two)
+
+
 def test_a_download_says_how_much_how_fast_and_how_long() -> None:
     progress = DownloadProgress("model.safetensors", 3_000_000_000, 12_000_000_000, 50_000_000.0)
     markup = result_panel.download_status(progress)
