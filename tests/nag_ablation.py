@@ -10,6 +10,7 @@ stay away from black on white is to draw nothing.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -87,13 +88,14 @@ def main() -> None:
     arguments = parser.parse_args()
     drawings = [(prompt, seed) for prompt in PROMPTS for seed in range(arguments.seeds)]
     pairs = ablate(load_demo(), drawings, NAG_scale=arguments.scale)
-    print(f"{len(pairs)} pictures; the named colour is still there in {sum(pair.still_there for pair in pairs)}")
+    still = sum(pair.still_there for pair in pairs)
+    sys.stdout.write(f"{len(pairs)} pictures; the named colour is still there in {still}\n")
     for what in ("ground", "one shape", "kind"):
         before, after = (
             sum(keeps(reading, pair.prompt)[what] for pair, reading in zip(pairs, readings, strict=True))
             for readings in ([pair.plain for pair in pairs], [pair.guided for pair in pairs])
         )
-        print(f"{what}: right in {before} without, in {after} with")
+        sys.stdout.write(f"{what}: right in {before} without, in {after} with\n")
 
 
 if __name__ == "__main__":
