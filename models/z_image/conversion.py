@@ -18,7 +18,9 @@ from models.z_image.loader import check_transformer, plan_layers, read_config
 from models.z_image.prompts import calibration_prompts
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.convert import Model, Place, Places
+from shared.quant.errors import UserError
 from shared.quant.formats import quanto_int8, svdq
+from shared.quant.layout import Carried
 from shared.quant.targets import DEFAULT_RANK, Naming
 
 if TYPE_CHECKING:
@@ -27,9 +29,23 @@ if TYPE_CHECKING:
     from models.z_image.lora import LoraFile, Match
     from shared.quant.packings.svdq import Kind
 
-__all__ = ["RECIPES", "calibration_prompts", "header", "merge", "open_model", "places"]
+__all__ = [
+    "CHECKPOINT_PREFIX",
+    "RECIPES",
+    "calibration_prompts",
+    "companions",
+    "header",
+    "merge",
+    "open_model",
+    "places",
+]
 
 RECIPES = Path(__file__).with_name("recipes")
+
+# What stands before names in ComfyUI's all-in-one checkpoints.
+CHECKPOINT_PREFIX = "model.diffusion_model."
+ENCODER_PREFIX = "text_encoders.qwen3_4b.transformer.model."
+VAE_PREFIX = "vae."
 
 _QKV, _W13 = "attention.qkv", "feed_forward.w13"
 _REFINERS = ("noise_refiner.", "context_refiner.")
@@ -46,6 +62,28 @@ def open_model(path: Path) -> Model:
     config = read_config(checkpoint, plan)
     wanted = check_transformer(checkpoint, plan, config)
     return Model(checkpoint, plan, wanted, config.as_diffusers(), places)
+
+
+def companions(text_encoder: Path | None, vae: Path | None) -> tuple[Carried, ...]:
+    """These models' tensors, by their names in ComfyUI's checkpoints. Raises UserError for a file that has none."""
+    carried: list[Carried] = []
+    wanted = (
+        (text_encoder, "text encoder", "embed_tokens.", ENCODER_PREFIX),
+        (vae, "VAE", "decoder.conv_in.", VAE_PREFIX),
+    )
+    for path, kind, landmark, prefix in wanted:
+        if path is None:
+            continue
+        checkpoint = Checkpoint.open(path)
+        own = next((n.split(landmark)[0] for n in checkpoint.tensors if f".{landmark}" in f".{n}"), None)
+        if own is None or path.suffix.lower() == ".gguf":
+            raise UserError(
+                f"{path}: no {kind} in safetensors, which is what a checkpoint takes.",
+                "`wgp.py inspect FILE` says more.",
+            )
+        names = [name for name in checkpoint.tensors if name.startswith(own)]
+        carried += [Carried(f"{prefix}{name[len(own) :]}", checkpoint, name) for name in names]
+    return tuple(carried)
 
 
 def merge(model: Model, loras: Sequence[tuple[Path, float]]) -> tuple[Model, list[Match]]:

@@ -17,7 +17,7 @@ from shared.app.loras import match_words
 from shared.app.memory import peak_rss_mb
 from shared.app.metadata import write_file
 from shared.app.schema import read_json_object
-from shared.quant.checkpoint import Checkpoint
+from shared.quant.checkpoint import INDEX_SUFFIX, Checkpoint
 from shared.quant.error_lora import find_beside, path_beside
 from shared.quant.errors import UserError
 from shared.quant.formats import format_of
@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from shared.app.presets import Preset
     from shared.quant.convert import Conversion, LayerReport, Means, Model, OnProgress
     from shared.quant.inputs import Inputs
+    from shared.quant.layout import Layout
     from shared.quant.sensitivity import Candidate, Sensitivity
     from shared.quant.targets import Target
 
 FINETUNES = "finetunes"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 WORST = 10
 CONTROL = "control"
 _KINDS = ("transformer", "checkpoint", CONTROL)
@@ -50,7 +52,8 @@ class QuantizeRequest:
     merge_loras: files and strengths, added to the weights first. error_lora_rank: of the error-correction LoRA that is
     written beside the output; 0 for none. calibrate: pictures that are drawn first, to see what layers are fed with.
     prompts: for them; none for the family's own. learned_rounding: see shared/quant/rounding.py. target_size: bytes of
-    the new file, for recipes that say "auto"; 0 for none.
+    the new file, for recipes that say "auto"; 0 for none. shard_size: bytes of a file, 0 for one file of any size.
+    diffusers: the output is a folder as diffusers has it. text_encoder, vae: files that go into the output too.
     """
 
     source: Path
@@ -67,6 +70,19 @@ class QuantizeRequest:
     prompts: Sequence[str] = ()
     learned_rounding: bool = False
     target_size: int = 0
+    shard_size: int = 0
+    diffusers: bool = False
+    text_encoder: Path | None = None
+    vae: Path | None = None
+
+    @property
+    def file(self) -> Path:
+        """The weights file that is written; with shards, what their names begin with."""
+        return self.output / DIFFUSERS_FILE if self.diffusers else self.output
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.file.suffix.lower() == ".gguf"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +101,8 @@ class QuantizeResult:
     """What was written. layers: every matrix, in the file's order. preset: its id, "" when none was made.
 
     error_lora: the error-correction LoRA's file, None without one. chosen: what the recipe left open, and why.
-    expected_bytes: the size that the choice was made for, None without one.
+    expected_bytes: the size that the choice was made for, None without one. output: what to open; an index where there
+    are several files.
     """
 
     output: Path
@@ -130,8 +147,9 @@ class QuantizeResult:
 
 def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress) -> QuantizeResult:
     """Convert, then write OUT.report.json and the preset. Raises UserError before anything is written where it can."""
-    from shared.quant.convert import Means, convert, convert_to_gguf, expected_bytes, plan_conversion
-    from shared.quant.targets import DEFAULT_RANK, targets
+    from shared.quant.convert import Means, convert, convert_to_gguf, expected_bytes, output_files, plan_conversion
+    from shared.quant.layout import opened
+    from shared.quant.targets import DEFAULT_RANK, PLAIN, targets
 
     started = time.monotonic()
     _check_paths(request)
@@ -141,15 +159,16 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         _check_control(request)
     like = _preset_like(ctx, request, kind) if request.with_preset else None
     known = targets()
-    recipe = _recipe(request, family.RECIPES, [*known, "bf16", "fp16", AUTO])
+    recipe = _recipe(request, family.RECIPES, [*known, *PLAIN, AUTO])
     is_auto = any(rule.format == AUTO for rule in recipe.rules)
     _check_numbers(request, is_auto)
     model = family.open_model(request.source)
     model, notes = _merged(family, model, request)
-    is_gguf = request.output.suffix.lower() == ".gguf"
-    conversion = plan_conversion(model, _opened(recipe, is_gguf), known, gguf=is_gguf)
+    is_gguf = request.is_gguf
+    conversion = plan_conversion(model, _opened(recipe, is_gguf), known, gguf=is_gguf, diffusers=request.diffusers)
     _check_keep(request, conversion)
     _check_flags(request, conversion, is_auto)
+    layout = _layout(request, family)
     rank = request.rank or DEFAULT_RANK
     means = Means(rank=rank, learned_rounding=request.learned_rounding, error_lora_rank=request.error_lora_rank)
     prompts = tuple(request.prompts or family.calibration_prompts(model.config)) if request.calibrate else ()
@@ -161,33 +180,46 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         recipe, chosen, conversion = choosing.best()
     naming = "official" if is_gguf else conversion.naming
     metadata = family.header(naming, conversion.formats, model.config, rank)
+    metadata = {"format": "pt"} if request.diffusers else metadata
+    files = [request.file]
+    identity = {"source": _stamps(model.checkpoint.files), "rules": _rules(recipe), "rank": rank}
+    identity |= {"error_lora": request.error_lora_rank}
+    identity |= {"calibrated": [request.calibrate, *prompts], "learned_rounding": request.learned_rounding}
+    identity |= {"merged": [[*_stamps([path]), strength] for path, strength in request.merge_loras]}
+    identity |= {"carried": [[c.name, *_stamps(c.checkpoint.files)] for c in layout.carried]}
     if is_gguf:
         layers = convert_to_gguf(
-            conversion, request.output, metadata={"config": metadata["config"]}, on_progress=on_progress, means=means
-        )
-    else:
-        identity = {"source": _stamps(model.checkpoint.files), "rules": _rules(recipe), "rank": rank}
-        identity |= {"error_lora": request.error_lora_rank}
-        identity |= {"calibrated": [request.calibrate, *prompts], "learned_rounding": request.learned_rounding}
-        identity |= {"merged": [[*_stamps([path]), strength] for path, strength in request.merge_loras]}
-        layers = convert(
             conversion,
             request.output,
+            metadata={"config": metadata["config"]},
+            identity=identity,
+            on_progress=on_progress,
+            means=means,
+        )
+    else:
+        files = list(output_files(conversion, request.file, layout, rank))
+        layers = convert(
+            conversion,
+            request.file,
             rank=rank,
             metadata=metadata,
             identity=identity,
             on_progress=on_progress,
             means=means,
+            layout=layout,
         )
+    if request.diffusers:
+        _write_json(request.output / "config.json", model.config)
+    output = opened(request.file, files)
     result = QuantizeResult(
-        output=request.output,
+        output=output,
         report=request.output.with_name(f"{request.output.name}.report.json"),
-        bytes=request.output.stat().st_size,
+        bytes=sum(file.stat().st_size for file in files),
         seconds=time.monotonic() - started,
         peak_rss_mb=peak_rss_mb(),
         layers=layers,
         notes=(*notes, *((_NO_CALIBRATION,) if conversion.has_rank and not request.calibrate else ())),
-        preset=_register(ctx, like, request, recipe, kind) if like else "",
+        preset=_register(ctx, like, request, recipe, kind, output) if like else "",
         error_lora=path_beside(request.output) if request.error_lora_rank else None,
         chosen=chosen,
         expected_bytes=expected_bytes(conversion, metadata, rank) if is_auto else None,
@@ -208,12 +240,19 @@ def recipe_names(root: Path) -> list[str]:
 
 
 def _check_paths(request: QuantizeRequest) -> None:
-    output = request.output
-    if output.suffix.lower() not in (".safetensors", ".sft", ".gguf"):
-        raise UserError(f"--output {output}: a name that ends in .safetensors or .gguf is needed.")
-    if not output.exists():
+    output, suffixes = request.output, (".safetensors", ".sft", ".gguf")
+    if request.diffusers and output.suffix.lower() in suffixes:
+        raise UserError(f"--output {output}: with --diffusers it is a folder.", "Give a name without an ending.")
+    if not request.diffusers and output.suffix.lower() not in suffixes:
+        raise UserError(
+            f"--output {output}: a name that ends in .safetensors or .gguf is needed.",
+            "With --diffusers it is the name of a folder.",
+        )
+    output = request.file
+    index = output.with_name(f"{output.stem}{INDEX_SUFFIX}")
+    if not (output.exists() or index.exists()):
         return
-    if output.is_dir() or (request.source.exists() and output.samefile(request.source)):
+    if output.is_dir() or (output.exists() and request.source.exists() and output.samefile(request.source)):
         raise UserError(f"--output {output} is a folder, or the file to be converted.", "Choose another name.")
     if not request.overwrite:
         raise UserError(f"{output} is there already.", "Choose another name, or add --overwrite.")
@@ -287,6 +326,24 @@ def _check_flags(request: QuantizeRequest, conversion: Conversion, is_auto: bool
         raise UserError(f"--error-lora {request.error_lora_rank}: a positive rank, 32 for example.")
     if request.error_lora_rank and not conversion.formats:
         raise UserError("--error-lora: no layer is packed, so there is no error to correct.", "Leave it out.")
+    laid_out = {
+        "--shard-size": bool(request.shard_size),
+        "--diffusers": request.diffusers,
+        "--text-encoder": request.text_encoder is not None,
+        "--vae": request.vae is not None,
+    }
+    asked = [flag for flag, is_given in laid_out.items() if is_given]
+    if asked and request.is_gguf:
+        raise UserError(f"{asked[0]}: a GGUF file is one file and holds one model.", "Leave it out.")
+    if asked and request.error_lora_rank:
+        raise UserError(f"{asked[0]}: an error-correction LoRA stands beside a file of one model.", "Leave one out.")
+    parts = [flag for flag in asked if flag in ("--text-encoder", "--vae")]
+    if parts and (request.diffusers or conversion.naming != "official"):
+        raise UserError(
+            f"{parts[0]} makes a ComfyUI checkpoint, which has ComfyUI's names; "
+            f"{'--diffusers' if request.diffusers else request.recipe} has others.",
+            "Leave it out, or take bf16, fp16, fp32, fp8_scaled, mxfp8, nvfp4 or int8_comfy.",
+        )
 
 
 def _merged(family: Any, model: Model, request: QuantizeRequest) -> tuple[Model, list[str]]:
@@ -343,7 +400,7 @@ class _Choosing:
 
         Raises UserError naming the smallest size that is possible, where it is more than the one asked for.
         """
-        is_gguf = self.request.output.suffix.lower() == ".gguf"
+        is_gguf = self.request.is_gguf
         formats = GGUF_FORMATS if is_gguf else SAFETENSORS_FORMATS
         choices = [self._among(formats, _opened(self.recipe, is_gguf))]
         if not is_gguf and (not choices[0].fits or any(c.format == formats[0] for c in choices[0].found.values())):
@@ -369,11 +426,13 @@ class _Choosing:
     def _plan(self, recipe: Recipe) -> Conversion:
         from shared.quant.convert import plan_conversion
 
-        return plan_conversion(self.model, recipe, self.known, gguf=self.request.output.suffix.lower() == ".gguf")
+        return plan_conversion(self.model, recipe, self.known, gguf=self.request.is_gguf)
 
     def _in_svdq(self, kind: str) -> _Choice | None:
         """What can be had in a file of SVDQ layers of one kind, and plain ones; None where the recipe forbids that."""
-        usual = Recipe.load(self.family.RECIPES / f"{kind}.json", [*self.known, "bf16", "fp16"])
+        from shared.quant.targets import PLAIN
+
+        usual = Recipe.load(self.family.RECIPES / f"{kind}.json", [*self.known, *PLAIN])
         opened = self._plan(_opened(self.recipe, is_gguf=False))
         names = [name for job in opened.jobs for name in job.place.official if self._is_open(name)]
         packed = [name for name in names if usual.format_of(name) == kind]
@@ -474,6 +533,15 @@ def _recipe(request: QuantizeRequest, folder: Path, formats: Sequence[str]) -> R
     return replace(recipe, rules=(*kept, *recipe.rules))
 
 
+def _layout(request: QuantizeRequest, family: Any) -> Layout:
+    from shared.quant.layout import Layout
+
+    if request.text_encoder is None and request.vae is None:
+        return Layout(shard_bytes=request.shard_size)
+    carried = family.companions(request.text_encoder, request.vae)
+    return Layout(shard_bytes=request.shard_size, prefix=family.CHECKPOINT_PREFIX, carried=carried)
+
+
 def _check_keep(request: QuantizeRequest, conversion: Conversion) -> None:
     names = [name for job in conversion.jobs for name in job.place.official]
     for pattern in request.keep:
@@ -517,17 +585,19 @@ def _user_of(ctx: AppContext, request: QuantizeRequest, kind: str) -> Preset | N
     return next((preset for preset in ctx.presets.presets.values() if uses_source(preset)), None)
 
 
-def _register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: Recipe, kind: str) -> str:
-    """Write a preset for the new file into finetunes/; returns its id."""
+def _register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: Recipe, kind: str, output: Path) -> str:
+    """Write a preset for the new file into finetunes/; returns its id. output: what of it is opened."""
     merged: dict[str, Any] = {"model": {}}
     for path in like.files:
         found = read_json_object(path)
         merged = merged | found | {"model": merged["model"] | found.get("model", {})}
-    url = str(request.output.resolve())
+    url = str(output.resolve())
+    parts = {"text_encoder_URLs": request.text_encoder, "VAE_URLs": request.vae}
     merged["model"] |= {
         "name": f"{like.name}, {recipe.path.stem}",
         "description": f"Converted from {request.source.name} by the recipe {recipe.path.stem}.",
         **({"modules": [[url]]} if kind == CONTROL else {"URLs": [url]}),
+        **{key: [url] for key, file in parts.items() if file is not None},
     }
     base = re.sub(r"[^a-z0-9]+", "_", request.output.stem.lower()).strip("_") or "converted"
     folder = ctx.root / FINETUNES

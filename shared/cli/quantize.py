@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a transformer: .safetensors, .gguf, an index, or a folder of one")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--format", metavar="F", help="int8, fp8_scaled, mxfp8, nvfp4, svdq_int4, svdq_fp4, int8_comfy, "
-                       "fp8, bf16, fp16; q8_0, q5_1, q5_0, q4_1, q4_0 for GGUF")  # fmt: skip
+                       "int8_convrot, int8_tensor, fp8, fp8_e5m2, fp8_scaled_rows, fp8_scaled_blocks, fp8_scaled_e5m2, "
+                       "fp8_legacy, mxfp8_e8m0, bf16, fp16, fp32; q8_0, q5_1, q5_0, q4_1, q4_0 for GGUF")  # fmt: skip
     which.add_argument(
         "--recipe",
         metavar="NAME|FILE",
@@ -71,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="size of OUT for --recipe auto, such as 4.8GB or 12MB; the formats are chosen by what layers stand",
     )
+    parser.add_argument("--shard-size", metavar="SIZE", type=_bytes, default=0,
+                        help="split OUT into files of at most this size, such as 5GB, with an index")  # fmt: skip
+    parser.add_argument("--diffusers", action="store_true",
+                        help="OUT is a folder for diffusers: config.json and its names; bf16, fp16, fp32")  # fmt: skip
+    parser.add_argument("--text-encoder", metavar="FILE", help="put this text encoder into OUT, a ComfyUI checkpoint")
+    parser.add_argument("--vae", metavar="FILE", help="put this VAE into OUT, a ComfyUI checkpoint")
     parser.add_argument("--output", metavar="OUT", required=True, help="the new file, .safetensors or .gguf")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     parser.add_argument(
@@ -103,6 +110,10 @@ def quantize(ctx: AppContext, args: argparse.Namespace) -> int:
         prompts=_prompts(args.prompts),
         learned_rounding=args.learned_rounding,
         target_size=args.target_size,
+        shard_size=args.shard_size,
+        diffusers=args.diffusers,
+        text_encoder=Path(args.text_encoder).expanduser() if args.text_encoder else None,
+        vae=Path(args.vae).expanduser() if args.vae else None,
     )
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TaskProgressColumn(), TimeRemainingColumn())

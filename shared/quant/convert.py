@@ -25,6 +25,7 @@ from shared.quant.assemble import Part, Plan
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, RunError, UserError
 from shared.quant.formats import Layer, format_of, layers_of
+from shared.quant.layout import Layout
 from shared.quant.recipe import KEPT, Recipe
 from shared.quant.targets import PLAIN, Naming, Target
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shared.quant.inputs import Inputs
+    from shared.quant.layout import ShardedWriter
     from shared.quant.safetensors_writer import SafetensorsWriter
 
 _ROWS_AT_ONCE = 1024  # compared together: a whole matrix in float32 twice would take most of a gigabyte
@@ -160,13 +162,18 @@ class Conversion:
 OnProgress = Callable[[int, int, str], None]
 
 
-def plan_conversion(model: Model, recipe: Recipe, known: Mapping[str, Target], *, gguf: bool = False) -> Conversion:
+def plan_conversion(
+    model: Model, recipe: Recipe, known: Mapping[str, Target], *, gguf: bool = False, diffusers: bool = False
+) -> Conversion:
     """Decide every module's format and name, from headers alone. gguf: whether the new file is one.
 
+    diffusers: whether it has to have diffusers' names, which plain numbers can have.
     Raises UserError naming the layer when formats cannot stand in one file, or its size does not suit its format.
     """
     matrices = {module for module, shapes in model.shapes.items() if len(shapes.get("weight", ())) == 2}
     naming = _naming(model, recipe, known, matrices, gguf)
+    if diffusers and naming == "official":
+        naming = "diffusers"
     jobs: list[Job] = []
     for module, shapes in model.shapes.items():
         places = model.places(module, naming, packed=True)
@@ -181,6 +188,10 @@ def plan_conversion(model: Model, recipe: Recipe, known: Mapping[str, Target], *
             jobs.append(Job(module, place, model.plan[module], of_place, chosen, known.get(chosen), merges))
     for job in jobs:
         _check_size(job)
+    if diffusers and (packed := sorted({job.format for job in jobs if job.target})):
+        raise UserError(
+            f"{recipe.path}: diffusers reads no {' and no '.join(packed)} from a folder.", "Take bf16, fp16 or fp32."
+        )
     return Conversion(model.checkpoint.path, tuple(jobs), naming)
 
 
@@ -193,18 +204,20 @@ def convert(
     identity: Any,
     on_progress: OnProgress,
     means: Means | None = None,
+    layout: Layout | None = None,
 ) -> list[LayerReport]:
     """Write a safetensors file and say how each matrix came out. One layer is in memory at a time.
 
     identity: JSON-able; an unfinished file of the same identity is gone on with. means: instead of `rank` alone.
+    layout: when it is not to be one file with nothing else in it.
     Raises UserError naming the layer that cannot be converted, RunError when the disk refuses.
     """
-    means = means or Means(rank=rank)
+    means, layout = means or Means(rank=rank), layout or Layout()
     done = 0
     with ExitStack() as stack:
         corrections = _corrections(conversion, output, means, identity, stack)
-        names, name_bytes = name_room(conversion)
-        writer = _writer(stack, output, names, name_bytes, metadata, identity)
+        writer = _model_writer(conversion, output, layout, means, metadata, identity)
+        stack.enter_context(writer)
         for job in conversion.jobs:
             module = job.place.module
             on_progress(done, conversion.numbers, module)
@@ -214,9 +227,15 @@ def convert(
                 if corrections is not None and not corrected:
                     corrections.add(module, pair)
                 if module not in writer.finished:
-                    named = {_join(module, suffix): tensor for suffix, tensor in tensors.items()}
+                    named = {f"{layout.prefix}{_join(module, suffix)}": tensor for suffix, tensor in tensors.items()}
                     writer.add(module, named, asdict(report) if report else None)
             done += job.numbers
+        for carried in (c for c in layout.carried if c.name not in writer.finished):
+            on_progress(done, conversion.numbers, carried.name)
+            writer.add(carried.name, {carried.name: carried.load()})
+        for name, tensor in _file_tensors(conversion).items():
+            if name not in writer.finished:
+                writer.add(name, {f"{layout.prefix}{name}": tensor})
         if corrections is not None:
             corrections.finish()
         writer.finish()
@@ -224,49 +243,47 @@ def convert(
     return [LayerReport(**note | {"shape": tuple(note["shape"])}) for note in notes if note]
 
 
+def output_files(conversion: Conversion, output: Path, layout: Layout, rank: int) -> dict[Path, list[str]]:
+    """The files that convert() writes, each with what it holds: modules, then tensors that go along."""
+    groups = {job.place.module: _most_bytes(job, rank) for job in conversion.jobs}
+    groups |= {carried.name: carried.nbytes for carried in layout.carried}
+    return layout.files(output, groups | dict.fromkeys(_file_tensors(conversion), 0))
+
+
 def convert_to_gguf(
     conversion: Conversion,
     output: Path,
     *,
     metadata: Mapping[str, str],
+    identity: Any = None,
     on_progress: OnProgress,
     means: Means | None = None,
 ) -> list[LayerReport]:
-    """As convert(), into a GGUF file. An interrupted one leaves nothing, and starts from the beginning."""
+    """As convert(), into a GGUF file. identity: None for a run that none goes on with."""
     means = means or Means(rank=0)
-    sources: dict[str, gguf_file.Source] = {}
-    reports: list[LayerReport] = []
-    done = 0
-
-    def source_of(job: Job, suffix: str, before: int) -> gguf_file.Source:
-        shape = job.shapes[suffix]
-        is_matrix = suffix == "weight" and len(shape) == 2
-        # Other programs want small tensors, and the pad tokens (1, dim), in float32.
-        plain = PLAIN.get(job.format, PLAIN[KEPT]) if is_matrix else "F32"
-
-        def load() -> Tensor:
-            if not is_matrix:
-                return _as_plain(conversion.source, job, suffix, plain)
-            on_progress(before, conversion.numbers, job.place.module)
-            tensors, report, pair = _converted(conversion.source, job, means)
-            if report:
-                reports.append(report)
-            if corrections is not None and job.target and job.place.module not in corrections.finished:
-                corrections.add(job.place.module, pair)
-            return tensors[suffix]
-
-        packed = job.target.gguf if job.target and is_matrix else ""
-        return gguf_file.Source(f"{gguf_file.PREFIX}{packed}" if packed else plain, shape, load)
-
+    listing: dict[str, tuple[str, tuple[int, ...]]] = {}
     for job in conversion.jobs:
-        sources |= {_join(job.place.module, suffix): source_of(job, suffix, done) for suffix in job.shapes}
-        done += job.numbers
+        listing |= {_join(job.place.module, suffix): (_gguf_type(job, suffix), s) for suffix, s in job.shapes.items()}
+    done = 0
     with ExitStack() as stack:
-        # No second run goes on with what this one leaves: it starts from the beginning, as the GGUF file does.
-        corrections = _corrections(conversion, output, means, uuid4().hex, stack)
+        corrections = _corrections(conversion, output, means, uuid4().hex if identity is None else identity, stack)
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            gguf_file.write(output, sources, metadata=metadata)
+            writer = stack.enter_context(gguf_file.GgufWriter(output, listing, metadata=metadata, job=identity))
+            for job in conversion.jobs:
+                module = job.place.module
+                on_progress(done, conversion.numbers, module)
+                corrected = corrections is None or job.target is None or module in corrections.finished
+                left = [suffix for suffix in job.shapes if _join(module, suffix) not in writer.finished]
+                if left or not corrected:
+                    tensors, report, pair = _converted_for_gguf(conversion.source, job, means)
+                    if corrections is not None and not corrected:
+                        corrections.add(module, pair)
+                    for suffix in left:
+                        note = asdict(report) if report and suffix == "weight" else None
+                        writer.add(_join(module, suffix), tensors[suffix], note)
+                done += job.numbers
+            writer.finish()
         except OSError as error:
             raise RunError(
                 f"{output} could not be written: {error.strerror or error}.",
@@ -274,7 +291,24 @@ def convert_to_gguf(
             ) from error
         if corrections is not None:
             corrections.finish()
-    return reports
+    return [LayerReport(**note | {"shape": tuple(note["shape"])}) for note in writer.finished.values() if note]
+
+
+def _gguf_type(job: Job, suffix: str) -> str:
+    """Other programs want small tensors, and the pad tokens (1, dim), in float32."""
+    if suffix != "weight" or len(job.shapes[suffix]) != 2:
+        return "F32"
+    return f"{gguf_file.PREFIX}{job.target.gguf}" if job.target else PLAIN.get(job.format, PLAIN[KEPT])
+
+
+def _converted_for_gguf(
+    source: Path, job: Job, means: Means
+) -> tuple[dict[str, Tensor], LayerReport | None, dict[str, Tensor]]:
+    """_converted() with the types of a GGUF file."""
+    matrix = {suffix: shape for suffix, shape in job.shapes.items() if suffix == "weight" and len(shape) == 2}
+    tensors, report, pair = _converted(source, replace(job, shapes=matrix), means)
+    others = {suffix: _as_plain(source, job, suffix, "F32") for suffix in job.shapes if suffix not in matrix}
+    return tensors | others, report, pair
 
 
 def name_room(conversion: Conversion) -> tuple[int, int]:
@@ -310,7 +344,7 @@ def expected_bytes(conversion: Conversion, metadata: Mapping[str, str], rank: in
     Raises UserError for a format whose size is not known beforehand.
     """
     from shared.quant.safetensors_writer import header_bytes
-    from shared.quant.sensitivity import bytes_of
+    from shared.quant.sensitivity import bytes_of, plain_bytes
 
     gguf = any(job.target and job.target.gguf for job in conversion.jobs)
     total = 0
@@ -319,7 +353,7 @@ def expected_bytes(conversion: Conversion, metadata: Mapping[str, str], rank: in
             if suffix == "weight" and len(shape) == 2:
                 total += bytes_of(job.format, job.target, shape[0], shape[1], rank)
             else:
-                total += prod(shape) * (4 if gguf else 2)
+                total += prod(shape) * (4 if gguf else plain_bytes(job.format))
     # GGUF's header is as long as what it holds; its names are the most of it.
     names, name_bytes = name_room(conversion)
     return total + (name_bytes if gguf else header_bytes(names, name_bytes, metadata))
@@ -333,6 +367,46 @@ def _writer(
     return stack.enter_context(
         SafetensorsWriter(path, names=names, name_bytes=name_bytes, metadata=metadata, job=identity)
     )
+
+
+def _model_writer(
+    conversion: Conversion, output: Path, layout: Layout, means: Means, metadata: Mapping[str, str], identity: Any
+) -> SafetensorsWriter | ShardedWriter:
+    from shared.quant.layout import ShardedWriter
+    from shared.quant.safetensors_writer import SafetensorsWriter
+
+    names, name_bytes = name_room(conversion)
+    further = [carried.name for carried in layout.carried] + list(_file_tensors(conversion))
+    names, name_bytes = names + len(further), name_bytes + sum(len(name.encode()) for name in further)
+    name_bytes += names * len(layout.prefix.encode())
+    files = output_files(conversion, output, layout, means.rank)
+    if len(files) == 1:
+        return SafetensorsWriter(output, names=names, name_bytes=name_bytes, metadata=metadata, job=identity)
+    return ShardedWriter(output, files, names=names, name_bytes=name_bytes, metadata=metadata, job=identity)
+
+
+def _file_tensors(conversion: Conversion) -> dict[str, Tensor]:
+    """What the formats want a file to hold once."""
+    found: dict[str, Tensor] = {}
+    for target in {job.format: job.target for job in conversion.jobs if job.target}.values():
+        found |= target.file_tensors() if target.file_tensors else {}
+    return found
+
+
+def _most_bytes(job: Job, rank: int) -> int:
+    """What a module's tensors may take in the new file; a little more than they do."""
+    from shared.quant.sensitivity import plain_bytes
+
+    target, shape = job.target, job.shapes.get("weight", ())
+    if target is None or len(shape) != 2:
+        return plain_bytes(job.format) * job.numbers
+    rows, columns = shape
+    vectors = 2 * (job.numbers - rows * columns)
+    if target.ranked_bytes is not None:
+        return vectors + target.ranked_bytes(rows, columns, rank)
+    if target.bytes is not None:
+        return vectors + target.bytes(rows, columns)
+    return vectors + rows * columns + 8 * (rows + columns) + 256  # 8 bits, scales of rows, a marker
 
 
 def _corrections(

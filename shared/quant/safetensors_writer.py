@@ -27,14 +27,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from shared.quant.errors import RunError
+from shared.quant.journal import as_json_gives_it_back, checksum, whole_lines, write_line
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 ALIGNMENT = 8  # bytes of the widest number in use
-
-_CHECKED_AT_ONCE = 2**24
 
 
 class SafetensorsWriter:
@@ -55,12 +54,16 @@ class SafetensorsWriter:
         self.finished: dict[str, Any] = {}  # group -> the note that add() was given
         self._metadata = dict(metadata)
         self._start = header_bytes(names, name_bytes, self._metadata)
-        # As JSON gives it back, so that it can be compared.
-        self._job = json.loads(json.dumps({"job": job, "start": self._start}))
+        self._job = as_json_gives_it_back({"job": job, "start": self._start})
         self._entries: dict[str, dict[str, Any]] = {}
         self._small: dict[str, dict[str, Any]] = {}
         self._end = 0  # of the data so far
         self._streams: list[BinaryIO] = []
+
+    @property
+    def entries(self) -> Mapping[str, Mapping[str, Any]]:
+        """Name -> dtype, shape and data_offsets of what is in the file; of everything once it is finished."""
+        return self._entries
 
     def __enter__(self) -> Self:
         try:
@@ -72,7 +75,7 @@ class SafetensorsWriter:
                 self._log.truncate(kept)
                 self._log.seek(kept)
             else:
-                self._note(self._job)
+                write_line(self._log, self._job)
                 self._data.write(b" " * self._start)
             self._data.truncate(self._start + self._end)
             self._data.seek(self._start + self._end)
@@ -84,7 +87,7 @@ class SafetensorsWriter:
 
     def add(self, group: str, tensors: Mapping[str, Tensor], note: Any = None) -> None:
         """Write a group's tensors by name. note: JSON-able, kept in `finished`."""
-        begin, checksum = self._end, 0
+        begin, checked = self._end, 0
         entries: dict[str, dict[str, Any]] = {}
         small: dict[str, dict[str, Any]] = {}
         try:
@@ -95,12 +98,12 @@ class SafetensorsWriter:
                     width = tensor.element_size()
                     small[name] = {**entry, "width": width, "data": base64.b64encode(data).decode()}
                     continue
-                checksum = zlib.crc32(data, checksum)
+                checked = zlib.crc32(data, checked)
                 entries[name] = self._append(entry, data)
             self._data.flush()
-            line = {"group": group, "begin": begin, "end": self._end, "checksum": checksum}
+            line = {"group": group, "begin": begin, "end": self._end, "checksum": checked}
             line |= {"tensors": entries, "small": small, "note": note}
-            self._note(line)
+            write_line(self._log, line)
         except OSError as error:
             raise self._refused(error) from error
         self._take(line)
@@ -163,21 +166,14 @@ class SafetensorsWriter:
             return 0
         kept = 0
         with self.part.open("rb") as data:
-            for number, text in enumerate(self.journal.read_bytes().splitlines(keepends=True)):
-                line = _whole_line(text)
-                if line is None or (number == 0 and line != self._job):
-                    break
-                if number:
+            for length, line in whole_lines(self.journal, self._job):
+                if kept:
                     data.seek(self._start + line["begin"])
-                    if _checksum(data, line["end"] - line["begin"]) != line["checksum"]:
+                    if checksum(data, line["end"] - line["begin"]) != line["checksum"]:
                         break
                     self._take(line)
-                kept += len(text)
+                kept += length
         return kept
-
-    def _note(self, line: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps(line).encode() + b"\n")
-        self._log.flush()
 
     def _refused(self, error: OSError) -> RunError:
         return RunError(
@@ -196,26 +192,6 @@ def header_bytes(names: int, name_bytes: int, metadata: Mapping[str, str]) -> in
     # dtype, two sizes, two offsets and the punctuation of an entry take at most 120 bytes.
     room = len(json.dumps({"__metadata__": dict(metadata)})) + name_bytes + 120 * names
     return 8 + room + -room % ALIGNMENT
-
-
-def _whole_line(text: bytes) -> dict[str, Any] | None:
-    """A journal's line; None for one that was cut off."""
-    try:
-        found = json.loads(text) if text.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _checksum(stream: BinaryIO, count: int) -> int | None:
-    """Of the next `count` bytes; None when there are fewer."""
-    checksum = 0
-    while count:
-        data = stream.read(min(count, _CHECKED_AT_ONCE))
-        if not data:
-            return None
-        checksum, count = zlib.crc32(data, checksum), count - len(data)
-    return checksum
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -77,12 +77,12 @@ def probe(job: Job, formats: Mapping[str, Target | None], means: Means) -> Sensi
 
 
 def bytes_of(name: str, target: Target | None, rows: int, columns: int, rank: int = 0) -> int:
-    """Bytes of a matrix in a format; None is plain, 16 bits. Raises UserError for a format that is not counted.
+    """Bytes of a matrix in a format; None is plain. Raises UserError for a format that is not counted.
 
     rank: of the formats that have one; 0 if it is not known.
     """
     if target is None:
-        return 2 * rows * columns
+        return plain_bytes(name) * rows * columns
     if target.ranked_bytes is not None and rank:
         return target.ranked_bytes(rows, columns, rank)
     if target.bytes is None:
@@ -91,6 +91,11 @@ def bytes_of(name: str, target: Target | None, rows: int, columns: int, rank: in
             f"Use {', '.join(SAFETENSORS_FORMATS)}, or GGUF types.",
         )
     return target.bytes(rows, columns)
+
+
+def plain_bytes(name: str) -> int:
+    """Bytes of a number that is not packed, in a format of that name."""
+    return 4 if name == "fp32" else 2
 
 
 def choose(layers: Sequence[Sensitivity], budget: int) -> dict[str, Candidate]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from shared.quant.recipe import KEPT
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Naming = Literal["official", "diffusers", "nunchaku"]
 
 DEFAULT_RANK = 32
-PLAIN = {KEPT: "BF16", "fp16": "F16"}
+PLAIN = {KEPT: "BF16", "fp16": "F16", "fp32": "F32"}
 
 
 class Quantize(Protocol):
@@ -38,7 +38,7 @@ class Target:
 
     columns: what the columns must be a multiple of. rows: the same. gguf: the GGUF type, "" for safetensors.
     bytes: of a matrix (rows, columns), all tensors; None where nobody has to know before. ranked_bytes: the same of a
-    format with a rank, (rows, columns, rank).
+    format with a rank, (rows, columns, rank). file_tensors: what a file with such layers holds once.
     """
 
     naming: Naming
@@ -51,6 +51,7 @@ class Target:
     has_learned_rounding: bool = False
     bytes: Callable[[int, int], int] | None = None
     ranked_bytes: Callable[[int, int, int], int] | None = None
+    file_tensors: Callable[[], dict[str, Tensor]] | None = None
 
 
 def targets() -> Mapping[str, Target]:
@@ -66,6 +67,9 @@ def targets() -> Mapping[str, Target]:
             return quantize(weight)
 
         return of_weight
+
+    def to_official(module: Any, **options: Any) -> Target:
+        return Target("official", plain(partial(module.quantize, **options)), module.SUFFIXES)
 
     def to_svdq(kind: Kind) -> Target:
         def quantize(
@@ -90,15 +94,25 @@ def targets() -> Mapping[str, Target]:
     return {
         "int8": Target("diffusers", plain(quanto_int8.quantize), quanto_int8.SUFFIXES),
         "int8_comfy": Target("official", plain(comfy_int8.quantize), comfy_int8.SUFFIXES, bytes=_int8_bytes),
-        "fp8": Target("official", plain(fp8_plain.quantize), fp8_plain.SUFFIXES),
-        "fp8_scaled": Target("official", plain(fp8_scaled.quantize), fp8_scaled.SUFFIXES),
+        "int8_tensor": to_official(comfy_int8, per_row=False),
+        "int8_convrot": replace(to_official(comfy_int8, rotation=None), columns=4),
+        "fp8": to_official(fp8_plain),
+        "fp8_e5m2": to_official(fp8_plain, kind="e5m2"),
+        "fp8_scaled": to_official(fp8_scaled),
+        "fp8_scaled_e5m2": to_official(fp8_scaled, kind="e5m2"),
+        "fp8_scaled_rows": to_official(fp8_scaled, per_row=True),
+        "fp8_scaled_blocks": replace(to_official(fp8_scaled, block=_FP8_BLOCK), rows=_FP8_BLOCK, columns=_FP8_BLOCK),
+        "fp8_legacy": replace(to_official(fp8_scaled, legacy=True), file_tensors=fp8_scaled.file_marker),
         "mxfp8": Target("official", plain(mxfp8.quantize), mxfp8.SUFFIXES, bytes=_mxfp8_bytes),
+        "mxfp8_e8m0": to_official(mxfp8, typed=True),
         "nvfp4": Target("official", plain(nvfp4.quantize), nvfp4.SUFFIXES, bytes=_nvfp4_bytes),
         "svdq_int4": to_svdq("int4"),
         "svdq_fp4": to_svdq("fp4"),
         **{kind.lower(): to_gguf(kind) for kind in gguf.WRITABLE},
     }
 
+
+_FP8_BLOCK = 64  # rows and columns of a block with one scale, as in convert_to_quant
 
 # Of a layer's marker in JSON, a hundred bytes or so.
 _MARKER_BYTES = 100

@@ -59,9 +59,10 @@ def read(layer: Layer) -> Packed:
     return Packed(packing, (size.rows, size.columns), {"codes": values.view(torch.uint8), "exponents": exponents})
 
 
-def quantize(weight: Tensor) -> dict[str, Tensor]:
-    """The tensors of a file for `weight` (rows, columns), any float type; exponents as U8, which every reader knows.
+def quantize(weight: Tensor, *, typed: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file for `weight` (rows, columns), any float type.
 
+    typed: exponents as F8_E8M0, which they are, and not as U8, which more readers know (mmgp's knows no F8_E8M0).
     A block's exponent is the least whose power of two brings its largest number down to 448, the largest E4M3. Raises
     UserError for NaN, infinity or anything but a matrix.
     Source: comfy-kitchen 0.2.40 backends/eager/quantization.py; the same bytes as its quantize_mxfp8.
@@ -81,7 +82,7 @@ def quantize(weight: Tensor) -> dict[str, Tensor]:
     values = torch.where(scales > 0, blocks / scales, 0.0).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
     return {
         "weight": values.flatten(1),
-        "weight_scale": swizzle(exponents),
+        "weight_scale": swizzle(exponents).view(torch.float8_e8m0fnu if typed else torch.uint8),
         "comfy_quant": block_marker("mxfp8", BLOCK, weight),
     }
 

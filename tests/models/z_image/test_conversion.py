@@ -22,17 +22,20 @@ from models.z_image.transformer import ZImageTransformer
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.convert import Conversion, LayerReport, convert, convert_to_gguf, plan_conversion
 from shared.quant.errors import LayerMismatchError, UserError
+from shared.quant.layout import Layout
 from shared.quant.linear import JoinedLinear, PackedLinear
 from shared.quant.recipe import Recipe
 from shared.quant.safetensors_writer import SafetensorsWriter
-from shared.quant.targets import targets
+from shared.quant.targets import PLAIN, targets
 from tests.support.packed_model import State, forward, official_names
 from tests.support.tiny_model import relative_error
 
 # Format -> the most that it may change weights of normal numbers by (formats.md; SVDQ: rank 32 of a random matrix).
 LEVELS = {
-    "int8": 0.009, "int8_comfy": 0.009, "fp8_scaled": 0.03, "fp8": 0.03, "mxfp8": 0.03, "nvfp4": 0.1,
-    "svdq_int4": 0.11, "svdq_fp4": 0.1, "nvfp4_mixed": 0.1, "bf16": 0.0, "fp16": 0.0,
+    "int8": 0.009, "int8_comfy": 0.009, "int8_convrot": 0.009, "int8_tensor": 0.013,
+    "fp8": 0.03, "fp8_scaled": 0.03, "fp8_scaled_rows": 0.03, "fp8_scaled_blocks": 0.03, "fp8_legacy": 0.03,
+    "fp8_e5m2": 0.06, "fp8_scaled_e5m2": 0.06, "mxfp8": 0.03, "mxfp8_e8m0": 0.03, "nvfp4": 0.1,
+    "svdq_int4": 0.11, "svdq_fp4": 0.1, "nvfp4_mixed": 0.1, "bf16": 0.0, "fp16": 0.0, "fp32": 0.0,
     "q8_0": 0.006, "q5_1": 0.042, "q5_0": 0.047, "q4_1": 0.085, "q4_0": 0.095,
 }  # fmt: skip
 GGUF = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -52,7 +55,7 @@ def reference(source: Path) -> torch.Tensor:
 
 def plan(source: Path, name: str, *, gguf: bool = False) -> Conversion:
     known = targets()
-    recipe = Recipe.load(conversion.RECIPES / f"{name}.json", [*known, "bf16", "fp16"])
+    recipe = Recipe.load(conversion.RECIPES / f"{name}.json", [*known, *PLAIN])
     return plan_conversion(conversion.open_model(source), recipe, known, gguf=gguf)
 
 
@@ -81,7 +84,7 @@ def test_a_converted_file_loads_and_is_as_close_as_its_format(
     output, reports = converted(source, name, tmp_path)
 
     assert [p.name for p in tmp_path.iterdir()] == [output.name]
-    packed = [r for r in reports if r.format not in ("bf16", "fp16")]
+    packed = [r for r in reports if r.format not in PLAIN]
     assert all(r.relative_error <= LEVELS[name] for r in packed), max(packed, key=lambda r: r.relative_error)
     assert all(r.relative_error < 0.002 for r in reports if r not in packed)
     model = load_transformer(output, torch.float32)
@@ -118,7 +121,7 @@ def test_every_recipe_of_the_program_is_tested() -> None:
 def test_recipes_pack_the_layers_of_the_6b_model_that_published_files_pack(name: str, packed: int) -> None:
     with torch.device("meta"):
         model = ZImageTransformer(TransformerConfig())
-    recipe = Recipe.load(conversion.RECIPES / f"{name}.json", [*targets(), "bf16", "fp16"])
+    recipe = Recipe.load(conversion.RECIPES / f"{name}.json", [*targets(), *PLAIN])
     naming = targets()[name].naming if packed else "official"
     places = [
         place
@@ -166,6 +169,71 @@ def test_comfy_files_have_official_names(
     output, _ = converted(source, "bf16", tmp_path)
 
     assert Checkpoint.open(output).tensors.keys() == official_names(reference_transformer.state_dict()).keys()
+
+
+def test_formats_that_differ_in_spelling_hold_the_same_numbers(source: Path, tmp_path: Path) -> None:
+    for one, other in (("fp8_scaled", "fp8_legacy"), ("mxfp8", "mxfp8_e8m0")):
+        models = [load_transformer(converted(source, name, tmp_path)[0], torch.float32) for name in (one, other)]
+        ours, theirs = (m.get_submodule("layers.0.attention.qkv").dequantize() for m in models)
+        assert torch.equal(ours, theirs)
+
+    types = {name: Checkpoint.open(tmp_path / f"{name}.safetensors").tensors for name in ("fp8_legacy", "mxfp8_e8m0")}
+    assert "scaled_fp8" in types["fp8_legacy"]
+    assert "layers.0.attention.qkv.scale_weight" in types["fp8_legacy"]
+    assert types["mxfp8_e8m0"]["layers.0.attention.qkv.weight_scale"].dtype == "F8_E8M0"
+
+
+def test_shards_hold_what_one_file_would_and_are_of_the_size_asked_for(source: Path, tmp_path: Path) -> None:
+    whole, expected = converted(source, "nvfp4", tmp_path)
+    output, limit = tmp_path / "split" / "model.safetensors", whole.stat().st_size // 3
+
+    reports = convert_in_shards(source, output, limit)
+
+    index = output.with_name("model.safetensors.index.json")
+    said = json.loads(index.read_text(encoding="utf-8"))
+    files = sorted(set(said["weight_map"].values()))
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert len(files) >= 3
+    assert {p.name for p in output.parent.iterdir()} == {index.name, *files}
+    for file in files:
+        nbytes = sum(info.nbytes for info in Checkpoint.open(output.with_name(file)).tensors.values())
+        assert nbytes <= limit
+    ours, theirs = Checkpoint.open(index).load(), load_file(whole)
+    assert ours.keys() == theirs.keys()
+    assert said["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in theirs.values())
+    assert all(torch.equal(ours[n].flatten().view(torch.uint8), theirs[n].flatten().view(torch.uint8)) for n in ours)
+    assert reports == expected
+
+
+def test_killed_shards_go_on_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    limit = source.stat().st_size // 8
+    convert_in_shards(source, tmp_path / "whole" / "m.safetensors", limit)
+    seen: list[str] = []
+
+    def interrupt(done: int, total: int, module: str) -> None:
+        seen.append(module)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+
+    again = tmp_path / "again"
+    with pytest.raises(KeyboardInterrupt):
+        convert_in_shards(source, again / "m.safetensors", limit, interrupt)
+    assert not list(again.glob("*.safetensors"))
+    assert len(list(again.glob("*.part"))) > 1
+    convert_in_shards(source, again / "m.safetensors", limit)
+
+    assert {p.name: p.read_bytes() for p in again.iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()
+    }
+
+
+def convert_in_shards(
+    source: Path, output: Path, shard_bytes: int, on_progress: converting.OnProgress | None = None
+) -> list[LayerReport]:
+    layout = Layout(shard_bytes=shard_bytes)
+    return convert(
+        plan(source, "nvfp4"), output, rank=0, metadata={}, identity=0, on_progress=on_progress or ignore, layout=layout
+    )
 
 
 @pytest.mark.parametrize("naming", ["official", "diffusers", "nunchaku"])
@@ -228,6 +296,37 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(source: Path, tmp_path: P
 
     assert output.read_bytes() == whole.read_bytes()
     assert reports == expected
+
+
+def test_a_killed_gguf_file_goes_on_to_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = plan(source, "q4_1", gguf=True)
+    means = converting.Means(rank=0, error_lora_rank=4)
+    seen: list[str] = []
+
+    def to_gguf(folder: str, on_progress: converting.OnProgress) -> list[LayerReport]:
+        output = tmp_path / folder / "m.gguf"
+        return convert_to_gguf(planned, output, metadata={}, identity=1, on_progress=on_progress, means=means)
+
+    def interrupt(done: int, total: int, module: str) -> None:
+        seen.append(module)
+        if len(seen) == 12:
+            raise KeyboardInterrupt
+
+    expected = to_gguf("whole", ignore)
+    with pytest.raises(KeyboardInterrupt):
+        to_gguf("again", interrupt)
+    assert not (tmp_path / "again" / "m.gguf").exists()
+    rows = converting._rows
+    read: set[str] = set()
+    monkeypatch.setattr(converting, "_rows", lambda job, suffix: read.add(job.place.module) or rows(job, suffix))
+    reports = to_gguf("again", ignore)
+
+    assert not read & set(seen[:11])
+    assert reports == expected
+    for name in ("m.gguf", "m_lora.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_memory_holds_two_layers_at_most_however_many_there_are(
@@ -305,7 +404,7 @@ def test_numbers_beyond_fp16_are_named(reference_transformer: ZImageTransformer2
 def mixed(tmp_path: Path, *rules: tuple[str, str]) -> Recipe:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"rules": rules}))
-    return Recipe.load(path, [*targets(), "bf16", "fp16"])
+    return Recipe.load(path, [*targets(), *PLAIN])
 
 
 def test_formats_that_cannot_share_a_file_are_refused(source: Path, tmp_path: Path) -> None:
@@ -331,7 +430,7 @@ def test_a_layer_that_the_format_cannot_hold_is_named_before_anything_is_written
     assert "--keep 'x_embedder'" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_plain_numbers_can_be_gguf_too(name: str, source: Path, reference: torch.Tensor, tmp_path: Path) -> None:
     output, reports = converted(source, name, tmp_path, suffix=".gguf")
 

@@ -12,12 +12,15 @@ from safetensors.torch import load_file, save_file
 
 import models
 from models.z_image import lora
+from models.z_image.autoencoder import load_vae
 from models.z_image.control import ControlBranch
 from models.z_image.control_config import ControlConfig
 from models.z_image.loader import load_transformer, to_diffusers
+from models.z_image.text_encoder import load_text_encoder
 from models.z_image.transformer import ZImageTransformer
-from shared.app.context import AppContext
+from shared.app.context import AppContext, default_root
 from shared.app.families import load_families
+from shared.app.presets import choose_files
 from shared.cli.parser import build_parser, parse_arguments
 from shared.cli.quantize import quantize
 from shared.quant.checkpoint import Checkpoint
@@ -85,6 +88,43 @@ def test_the_report_for_people_names_the_worst_layers_and_the_preset(
     assert Checkpoint.open(output).tensors["layers.0.attention.qkv.weight"].dtype == "BF16"
 
 
+def test_a_folder_for_diffusers_is_loaded_by_diffusers(ctx: AppContext) -> None:
+    from diffusers import ZImageTransformer2DModel
+
+    folder = ctx.root / "transformer"
+
+    run(ctx, "--format", "fp32", "--diffusers", "--shard-size", "40kB", "--output", str(folder))
+
+    assert len(list(folder.glob("diffusion_pytorch_model-*-of-*.safetensors"))) > 1
+    theirs = ZImageTransformer2DModel.from_pretrained(folder).state_dict()
+    ours = load_transformer(ctx.root / "ckpts/mine.safetensors", torch.float32)
+    state = to_diffusers(ours.state_dict())
+    assert theirs.keys() == state.keys()
+    assert all(torch.equal(theirs[name], state[name]) for name in state)
+    preset = ctx.refresh_presets().get("transformer")
+    assert preset.urls == (str(folder / "diffusion_pytorch_model.safetensors.index.json"),)
+    load_transformer(preset.urls[0], torch.float32)
+
+
+def test_a_checkpoint_of_all_three_is_opened_as_each(ctx: AppContext) -> None:
+    demo = default_root() / "models/z_image/demo"
+    encoder, vae = (next((demo / part).glob("*.safetensors")) for part in ("text_encoder", "vae"))
+    output = ctx.root / "all.safetensors"
+
+    run(ctx, "--format", "nvfp4", "--text-encoder", str(encoder), "--vae", str(vae), "--output", str(output))
+
+    names = list(Checkpoint.open(output).tensors)
+    assert {name.partition(".")[0] for name in names} == {"model", "text_encoders", "vae"}
+    assert "text_encoders.qwen3_4b.transformer.model.embed_tokens.weight" in names
+    load_transformer(output, torch.float32)
+    for load, alone in ((load_text_encoder, encoder), (load_vae, vae)):
+        ours, theirs = load(output, torch.float32).state_dict(), load(alone, torch.float32).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    wants = choose_files(ctx.refresh_presets().get("all")).wants
+    assert {want.role for want in wants if want.url == str(output)} == {"transformer", "text_encoder", "vae"}
+
+
 def test_the_same_output_keeps_one_preset_and_another_gets_its_own(ctx: AppContext) -> None:
     for folder in ("one", "one", "two"):
         run(ctx, "--format", "bf16", "--overwrite", "--output", str(ctx.root / folder / "out.safetensors"))
@@ -107,6 +147,11 @@ def test_without_a_preset_nothing_but_file_and_report_is_written(ctx: AppContext
         (("--format", "int8", "--output", "o.txt"), r"o\.txt: a name that ends in \.safetensors or \.gguf"),
         (("--format", "int8", "--output", "o.gguf"), r"int8 cannot be written into a GGUF file"),
         (("--format", "q8_0", "--output", "o.safetensors"), r"q8_0 cannot be written into a safetensors file"),
+        (("--format", "q8_0", "--shard-size", "1GB", "--output", "o.gguf"), r"--shard-size: a GGUF file is one file"),
+        (("--format", "int8", "--vae", "v.safetensors", "--output", "o.safetensors"), r"--vae makes a ComfyUI check"),
+        (("--format", "nvfp4", "--vae", "ckpts/mine.safetensors", "--output", "o.safetensors"), r"mine.*: no VAE in"),
+        (("--format", "nvfp4", "--diffusers", "--output", "o"), r"diffusers reads no nvfp4 from a folder"),
+        (("--format", "bf16", "--diffusers", "--output", "o.sft"), r"o\.sft: with --diffusers it is a folder"),
         (("--format", "int8", "--rank", "32", "--output", "o.safetensors"), r"--rank 32: .* for SVDQ formats only"),
         (("--format", "svdq_int4", "--rank", "0", "--output", "o.safetensors"), r"--rank 0: a positive number"),
         (("--format", "int8", "--keep", "qkv", "--output", "o.safetensors"), r"--keep qkv fits no layer's whole name"),
