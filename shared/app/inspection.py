@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from importlib import import_module, util
@@ -10,6 +11,7 @@ from typing import Any
 
 from shared.quant.checkpoint import INDEX_SUFFIX, SUFFIXES, Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError
+from shared.quant.formats import Layer, format_of, layers_of
 
 # A tensor's name, or the end of one -> the model it gives away.
 _LOOKS_LIKE = (
@@ -55,9 +57,27 @@ def describe_checkpoint(checkpoint: Checkpoint, families: Mapping[str, Any]) -> 
         "files": [str(f) for f in checkpoint.files],
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint.tensors),
-        "parameters": sum(t.numel for t in checkpoint.tensors.values()),
+        "parameters": _parameters(checkpoint),
         "metadata": {k: v if len(v) <= 200 else f"{v[:200]}..." for k, v in checkpoint.metadata.items()},
     } | (description or _unknown(checkpoint.tensors))
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    """Numbers of the model, however they are packed: scales, codes and markers are none."""
+    try:
+        layers = layers_of(checkpoint, checkpoint.tensors).values()
+    except CheckpointError:  # a marker that cannot be read
+        return sum(t.numel for t in checkpoint.tensors.values())
+    return sum(_numbers(layer) for layer in layers)
+
+
+def _numbers(layer: Layer) -> int:
+    try:
+        packed = format_of(layer)
+        matrix = math.prod(packed.shape(layer)) if packed else 0
+    except CheckpointError:  # damaged, or packed in an unknown way: what is stored is all there is to count
+        packed, matrix = None, 0
+    return matrix + sum(t.numel for suffix, t in layer.tensors.items() if packed is None or suffix == "bias")
 
 
 def _ask(family: str, checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -40,6 +40,8 @@ def test_packed_layers_are_counted_by_how_they_are_kept(model_folder: Path, tmp_
     (found,) = inspect_path(tmp_path / "mixed.safetensors", FAMILIES)
 
     assert found["formats"] == {"F32": 62, "nvfp4": 1, "FP8 scaled e4m3fn": 1}
+    (plain,) = inspect_path(model_folder / "transformer.safetensors", FAMILIES)
+    assert found["parameters"] == plain["parameters"], "scales and markers are no parameters, two codes a byte are two"
     assert found["sizes"]["ffn_dim"] == TINY.ffn_dim
 
 
