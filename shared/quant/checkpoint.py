@@ -183,7 +183,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
-        start = stream.read(8)
+        start = stream.read(9)
         _refuse_foreign(file, start)
         if start[:4] == b"GGUF":
             from shared.quant import gguf_file
@@ -191,12 +191,13 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             return gguf_file.read_header(file)
         if len(start) < 8:
             raise CheckpointError(f"{file}: only {size} bytes, too short for a safetensors file.", "Download it again.")
-        (length,) = struct.unpack("<Q", start)
+        (length,) = struct.unpack("<Q", start[:8])
         if length > MAX_HEADER_BYTES or 8 + length > size:
             raise CheckpointError(
                 f"{file}: its header claims {length:,} bytes but the file has {size:,}.",
                 "It is truncated or no safetensors file; download it again.",
             )
+        stream.seek(8)
         text = stream.read(length)
     try:
         # As UTF-8: given bytes, json would also take UTF-16 and UTF-32.
@@ -214,7 +215,9 @@ def read_header(file: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _refuse_foreign(file: Path, start: bytes) -> None:
-    if file.suffix.lower() in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04"):
+    # Protocols 2 to 5. A header of 640 bytes begins like protocol 2, but its JSON follows.
+    is_pickle = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") and start[8:9] != b"{"
+    if file.suffix.lower() in _PICKLE_SUFFIXES or start[:4] == b"PK\x03\x04" or is_pickle:
         raise CheckpointError(f"{file}: a Python pickle (or zip) file.", _PICKLE_HINT)
     if start[:4] in (b"<!DO", b"<htm", b"<HTM") or start.startswith(b"version "):
         raise CheckpointError(f"{file}: a web page or a Git LFS pointer, not weights.", "Download the file itself.")

@@ -88,6 +88,10 @@ def test_a_pickle_is_refused_and_never_opened(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(pickle.dumps(Bomb(), protocol=2))
         with pytest.raises(CheckpointError, match="pickle"):
             Checkpoint.open(tmp_path / name)
+    for protocol in range(2, 6):
+        (tmp_path / "p.safetensors").write_bytes(pickle.dumps(Bomb(), protocol=protocol))
+        with pytest.raises(CheckpointError, match="pickle"):
+            Checkpoint.open(tmp_path / "p.safetensors")
     torch.save({"a": torch.ones(1)}, tmp_path / "zip.safetensors")
     with pytest.raises(CheckpointError, match="pickle"):
         Checkpoint.open(tmp_path / "zip.safetensors")
@@ -141,6 +145,17 @@ def test_foreign_files_are_named(tmp_path: Path, content: bytes, says: str) -> N
 
     with pytest.raises(CheckpointError, match=says):
         Checkpoint.open(path)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0480, 0x10280])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    header = {"__metadata__": {"note": ""}, "a": entry()}
+    header["__metadata__"] = {"note": "x" * (length - len(json.dumps(header)))}
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + json.dumps(header).encode() + b"\0" * 8)
+
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"\x80\x04")
+    assert list(Checkpoint.open(path).tensors) == ["a"]
 
 
 def test_a_folder_with_two_models_asks_which(tmp_path: Path) -> None:
