@@ -1,20 +1,23 @@
 """The network's forwards from recordings: one launch for hundreds, where pictures have the same size.
 
     first forward of a shape    as usual: compiles, allocates, works out the factors of the run's times
-    second                      recorded, then replayed
+    second                      as usual; then recorded, replayed, and the two answers compared
     all others                  inputs copied in, replayed, result copied out
 
-The same kernels run on the same numbers, so the answers are the same bits. It pays where launching takes longer than
-computing, below about 1024x1024 on a fast card. Forwards with control, with NAG or with a target go their usual way.
+The same kernels run on the same numbers, so the answers are the same bits; where they are not, nothing is replayed. It
+pays where launching takes longer than computing, below about 1024x1024 on a fast card. Forwards with control, with NAG
+or with a target go their usual way.
 
 A recording reads weights where they lay when it was made: nothing for weights that an offloader streams. begin() is
 told at each run what weights there are, and drop() when what hangs on them has changed; then all is recorded anew.
+Strengths of LoRAs are numbers that Python hands to kernels, so each recording is of the strengths it was made with:
+those that stay for some steps are replayed, those that change at every step are not recorded.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +36,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MOST = 4  # recordings kept: a picture's size and its second pass's, guided and not
+
+# Picture tokens of a forward, 768x768 pixels: beyond, published gains vanish and recordings keep hundreds of MiB.
+USUAL_MOST_TOKENS = 2304
 
 
 class _HeldTime:
@@ -76,16 +82,33 @@ class _Recorded:
     time: _HeldTime | _HeldMoment
     kept: object
 
+    def replay(self, latents: Tensor, t: Any, captions: Captions) -> Tensor:
+        """The forward's answer for these inputs, (B, 16, h, w) float32; overwritten by the next replay."""
+        self.latents.copy_(latents)
+        self.tokens.copy_(captions.tokens_BLD)
+        self.time.take_over(t)
+        self.recording.replay()
+        return self.recording.out
+
 
 class GraphedForwards:
     """Calls a transformer as its forward() is called, from a recording where there is one.
 
-    replayed: forwards that came from one, for reports.
+    replayed: forwards that came from one, for reports. strengths: tells those of the LoRAs, now. most_tokens: of the
+    pictures of a forward that is recorded, padding aside; None for any number.
     """
 
-    def __init__(self, transformer: ZImageTransformer, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        transformer: ZImageTransformer,
+        recorder: Recorder,
+        strengths: Callable[[], tuple[float, ...]] = tuple,
+        *,
+        most_tokens: int | None = None,
+    ) -> None:
         self.replayed = 0
         self._transformer, self._recorder = transformer, recorder
+        self._strengths, self.most_tokens = strengths, most_tokens
         self._recorded: dict[Hashable, _Recorded] = {}
         self._seen: set[Hashable] = set()
         self._weights: tuple[int, ...] = ()  # where they lay
@@ -112,21 +135,16 @@ class GraphedForwards:
         if key not in self._seen or not self._is_known(t):
             self._seen.add(key)
             return self._transformer(latents, t, captions, **options)
-        if key not in self._recorded and not self._record(key, latents, t, captions, options):
-            return self._transformer(latents, t, captions, **options)
-        recorded = self._recorded[key]
-        recorded.latents.copy_(latents)
-        recorded.tokens.copy_(captions.tokens_BLD)
-        recorded.time.take_over(t)
-        recorded.recording.replay()
+        if key not in self._recorded:
+            answer = self._transformer(latents, t, captions, **options)
+            self._record(key, latents, t, captions, options, answer)
+            return answer
         self.replayed += 1
-        return recorded.recording.out.clone()
+        return self._recorded[key].replay(latents, t, captions).clone()
 
     def begin(self) -> None:
-        """A run begins: what was recorded of weights that lie elsewhere by now is forgotten.
-
-        So is what was recorded after a drop() within the run before: this one begins with other strengths.
-        """
+        """A run begins: what was recorded of weights that lie elsewhere by now is forgotten."""
+        self._seen.clear()  # strengths that come once in every run are not worth a recording
         tensors = (*self._transformer.parameters(), *self._transformer.buffers())
         weights = tuple(tensor.data_ptr() for tensor in tensors)
         if weights != self._weights:
@@ -156,8 +174,11 @@ class GraphedForwards:
             if t.row is None:
                 return None
             exact = t.table.exact
-        same_kernels = exact, plain_is_wanted()
-        return type(t), latents.shape, latents.dtype, captions.lengths, captions.tokens_BLD.dtype, same_kernels
+        tokens = latents[:, 0].numel() // self.config.patch_size**2
+        if self.most_tokens is not None and tokens > self.most_tokens:
+            return None
+        same_work = exact, plain_is_wanted(), self._strengths()
+        return type(t), latents.shape, latents.dtype, captions.lengths, captions.tokens_BLD.dtype, same_work
 
     def _is_known(self, t: Any) -> bool:
         """Whether an earlier forward has worked out what the network makes of this moment; a plain time needs none."""
@@ -169,8 +190,10 @@ class GraphedForwards:
         yield from self._transformer.layers
         yield self._transformer.final_layer
 
-    def _record(self, key: Hashable, latents: Tensor, t: Any, captions: Captions, options: dict[str, Any]) -> bool:
-        """Whether this shape's forward is recorded now."""
+    def _record(
+        self, key: Hashable, latents: Tensor, t: Any, captions: Captions, options: dict[str, Any], answer: Tensor
+    ) -> None:
+        """Record this shape's forward, and keep it if it gives the answer that launching has given, to the bit."""
         network, patch = self._transformer, self.config.patch_size
         if len(self._recorded) == _MOST:
             self.drop()
@@ -186,10 +209,15 @@ class GraphedForwards:
         except RuntimeError as fault:  # out of memory is one
             log.warning("Forwards are not recorded, but launched kernel by kernel: %s", str(fault).partition("\n")[0])
             self.stop()
-            return False
-        self._recorded[key] = _Recorded(recording, held, tokens, time, tables)
+            return
+        recorded = _Recorded(recording, held, tokens, time, tables)
+        # As integers, so that NaN equals NaN: bad numbers are safety.py's business.
+        if not torch.equal(recorded.replay(latents, t, captions).view(torch.int32), answer.view(torch.int32)):
+            log.warning("Forwards are launched kernel by kernel: a recording gave other numbers than launching did.")
+            self.stop()
+            return
+        self._recorded[key] = recorded
         log.info("Recorded a forward of %s latents; recordings keep %d MiB", tuple(held.shape), self.nbytes >> 20)
-        return True
 
 
 def _tensors(factors: Factors | Tensor) -> list[Tensor]:

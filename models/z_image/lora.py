@@ -95,6 +95,11 @@ class LoraSet:
         return changed and any(module.startswith(_CAPTION_MODULES) for module in touched)
 
     @property
+    def strengths(self) -> tuple[float, ...]:
+        """Of each file at the current step."""
+        return self._strengths.now
+
+    @property
     def factor_strengths(self) -> tuple[float, ...]:
         """The strengths that scales, gates and norm weights are worked out with now; () where no file changes those."""
         for loaded in self._loaded.values():

@@ -55,11 +55,13 @@ class Strengths:
     def __init__(self, strengths: Sequence[Strength]) -> None:
         self._steps = 1
         self.now: tuple[float, ...] = ()
+        self._scales: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
         self.set(strengths)
 
     def set(self, strengths: Sequence[Strength]) -> None:
         """Replace the strengths; the first step's are taken."""
         self._strengths = tuple(strengths)
+        self._scales.clear()
         self.begin(self._steps)
 
     def begin(self, steps: int) -> None:
@@ -73,6 +75,19 @@ class Strengths:
         before = self.now
         self.now = tuple(schedule[min(step, self._steps - 1)] for schedule in self._schedules)
         return self.now != before
+
+    def scale(self, files: Sequence[int], like: Tensor) -> Tensor | None:
+        """(ranks,) the present strength of each rank, whose file is in `files`; None when all are 1. Typed as `like`.
+
+        Until set() the same strengths are the same tensor: recorded GPU work reads it where it lies.
+        """
+        values = tuple(self.now[file] for file in files)
+        if all(value == 1 for value in values):
+            return None
+        key = values, like.dtype, like.device
+        if key not in self._scales:
+            self._scales[key] = torch.tensor(values).to(like)
+        return self._scales[key]
 
 
 @dataclass(frozen=True)
@@ -231,8 +246,7 @@ class Branches:
     def _scale(self, ready: _Ready, like: Tensor) -> Tensor | None:
         now = self.strengths.now
         if ready.strengths != now:
-            values = [now[file] for file in ready.rank_files]
-            ready.scale = None if all(v == 1 for v in values) else torch.tensor(values).to(like)
+            ready.scale = self.strengths.scale(ready.rank_files, like)
             ready.strengths = now
         return ready.scale
 

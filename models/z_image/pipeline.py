@@ -18,6 +18,7 @@ from models.z_image.lora import LoraSet
 from models.z_image.noise import NoiseSource
 from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
+from models.z_image.step_cache import StepCache
 from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import Captions, ZImageTransformer
 
@@ -47,6 +48,7 @@ class Report:
     """What a generation really did. Seconds are wall-clock, the device waited for."""
 
     forwards: int = 0  # calls of the network per picture; a guided step counts two
+    saved: int = 0  # forwards that a step cache spared, of the same walk
     sigmas: list[float] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what was done otherwise than asked, in words
@@ -78,6 +80,7 @@ class ZImagePipeline:
         self._forget: Callable[[], None] = _nothing  # of the walk that is on
         self.report = Report()
         self._tell: Callable[[str], None] = _nobody
+        self._undecoded: tuple[GenerateRequest, Tensor] | None = None  # drawn, and not yet a picture
 
     def __call__(
         self,
@@ -95,6 +98,7 @@ class ZImagePipeline:
         Raises NumbersError naming the stage whose numbers stay bad, see safety.py.
         """
         self.report, self._tell = Report(safer=dict(self.safeguard.on)), tell
+        self._undecoded = None
         try:
             return self._draw(request, on_step, should_stop, on_begin, on_repeat)
         finally:
@@ -122,8 +126,20 @@ class ZImagePipeline:
         assert latents is not None  # a request has at least one step
         if should_stop():
             return None
+        self._undecoded = request, latents
+        return self.decode_drawn(request.tile)
+
+    def decode_drawn(self, tile: int) -> Tensor | None:
+        """The pictures of latents that are drawn and not decoded yet, as __call__ returns them; None without any.
+
+        For whoever makes room after memory ran out in the decoder. tile: see decode().
+        """
+        if self._undecoded is None:
+            return None
+        request, latents = self._undecoded
         exact = request.precision == "exact"
-        pictures = self._timed("decode", lambda: self._decode_safely(latents, request.tile, exact=exact))
+        pictures = self._timed("decode", lambda: self._decode_safely(latents, tile, exact=exact))
+        self._undecoded = None
         return pictures if request.start is None else request.start.finish(pictures)
 
     def encode(self, request: GenerateRequest) -> tuple[Tensor, Tensor | None]:
@@ -160,6 +176,7 @@ class ZImagePipeline:
             guidance=request.guidance, nag=request.nag, exact=request.precision == "exact",
             signals=None if request.control is None else request.control.begin(self.encode_pictures),
             constrain=begun.constrain,
+            cache=StepCache(request.step_cache, lambda: self.loras.strengths) if request.step_cache else None,
         )  # fmt: skip
         self._forget = predict.forget
         strengths = self.loras.factor_strengths
@@ -188,11 +205,9 @@ class ZImagePipeline:
         )  # fmt: skip
         try:
             for index, latents in walk:
-                self.report.forwards = predict.forwards
+                self.report.forwards, self.report.saved = predict.forwards, predict.saved
                 yield Step(index, total, begun.sigmas[index + 1], latents)
                 if self.loras.set_step(index + 1):
-                    if recordings is not None:
-                        recordings.drop()
                     predict.set_prompts(self._prompts(request, positive, negative))
                 if self.loras.factor_strengths != strengths:
                     strengths = self.loras.factor_strengths

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from models.z_image.control import ControlSignal
     from models.z_image.cuda_graph import GraphedForwards
     from models.z_image.omni import Sequences as OmniSequences
+    from models.z_image.step_cache import StepCache
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ class Predictor:
     """Answers predict(latents, sigma) for one generation.
 
     forwards: calls of the network per picture so far. off_schedule: how many of them were at a noise level that the
-    schedule does not have, for which scales and gates had to be worked out apart.
+    schedule does not have, for which scales and gates had to be worked out apart. saved: forwards that the step cache
+    spared.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Predictor:
         signals: Signals | None = None,
         constrain: Constrain | None = None,
         exact: bool = False,
+        cache: StepCache | None = None,
     ) -> None:
         """sigmas: the schedule that is run, which tells how far a sigma is. exact: see ZImageTransformer.forward."""
+        self._cache = cache
         self.forwards = self.off_schedule = 0
         self._transformer = transformer
         self._guidance, self._attention_guidance = guidance, nag
@@ -76,6 +80,8 @@ class Predictor:
     def set_prompts(self, prompts: Prompts) -> None:
         """Answer for these from now on."""
         self._prompts = prompts
+        if self._cache is not None:
+            self._cache.forget()
         negative = prompts.negative if self._attention_guidance.active else None
         self._nag = Nag(self._attention_guidance, negative) if isinstance(negative, Captions) else None
 
@@ -83,11 +89,31 @@ class Predictor:
         """Work out anew what was kept of the network: other weights or kernels are at work from now on."""
         if self._table is not None:
             self._table.forget()
+        if self._cache is not None:
+            self._cache.forget()
+
+    @property
+    def saved(self) -> int:
+        return 0 if self._cache is None else self._cache.saved
 
     def __call__(self, latents: Tensor, sigma: float, target: float | None = None) -> Tensor:
         """The velocity noise - x0, (B, C, h, w) float32, of latents at `sigma`. target: the sigma a step is for."""
-        velocity = -self._guided(latents, sigma, target)
+        velocity = self._velocity(latents, sigma, target)
         return velocity if self._constrain is None else self._constrain(latents, velocity, sigma)
+
+    def _velocity(self, latents: Tensor, sigma: float, target: float | None) -> Tensor:
+        if self._cache is None or target is not None:  # aimed elsewhere, answers are not alike
+            return -self._guided(latents, sigma, target)
+        progress = self._progress(sigma)
+        signal = self._signals is not None and self._signals(progress) is not None
+        kind = id(self._prompts.positive_at(progress)), self._guidance.active(sigma), signal
+        found = self._cache.find(latents, kind)
+        if found is not None:
+            return found
+        before = self.forwards
+        velocity = -self._guided(latents, sigma, target)
+        self._cache.keep(latents, velocity, kind, self.forwards - before)
+        return velocity
 
     def _guided(self, latents: Tensor, sigma: float, target: float | None) -> Tensor:
         progress = self._progress(sigma)

@@ -52,6 +52,7 @@ class GenerateRequest:
     references: tuple[Image.Image, ...] = ()  # pictures to go by, for Omni and Edit
     tile: int = 0  # side of a decoding tile in latent cells, 0 in one piece
     precision: str = "fast"  # or "exact": bfloat16 rounded where the reference implementation does, see shared.ops
+    step_cache: float = 0.0  # above 0: error up to which a step's answer is used again, see step_cache.py; lossy
 
     def __post_init__(self) -> None:
         for name, pixels in (("width", self.width), ("height", self.height)):
@@ -71,6 +72,8 @@ class GenerateRequest:
             raise UserError(f"There is no schedule {self.schedule!r}.", f"Known: {', '.join(schedules.SCHEDULES)}.")
         if self.precision not in PRECISIONS:
             raise UserError(f"There is no precision {self.precision!r}.", f"Known: {', '.join(PRECISIONS)}.")
+        if not 0 <= self.step_cache < 1:
+            raise UserError(f"The step cache's error {self.step_cache} is not from 0 to 1.", "0 is off; try 0.1.")
         if self.variation is not None and len(self.variation.seeds) != len(self.seeds):
             raise UserError(
                 f"{len(self.variation.seeds)} variation seeds for {len(self.seeds)} pictures.", "Give one per picture."
@@ -138,6 +141,7 @@ def from_host_kwargs(
         diversity=Diversity(_number(kwargs, "diversity", 0.0), _number(kwargs, "diversity_end", Diversity().end)),
         tile=_tile(kwargs.get("VAE_tile_size")),
         precision=kwargs.get("precision") or "fast",
+        step_cache=_number(kwargs, "step_cache", 0.0),
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image.autoencoder import load_vae
-from models.z_image.cuda_graph import GraphedForwards
+from models.z_image.cuda_graph import USUAL_MOST_TOKENS, GraphedForwards
 from models.z_image.loader import load_transformer
 from models.z_image.lora import Match, Strength
 from models.z_image.omni import OmniTransformer
@@ -163,6 +163,16 @@ class model_factory:
         pictures = self.pipeline(request, on_step, lambda: self._interrupt, on_begin, on_repeat, tell)
         return None if pictures is None else pictures.transpose(0, 1)
 
+    def decode_again(self, tile: int) -> Tensor | None:
+        """What generate() would have returned, had memory not run out in the decoder: in tiles of `tile` latent cells.
+
+        None where nothing is drawn that waits to be decoded.
+        """
+        if self.pipeline.recordings is not None:
+            self.pipeline.recordings.drop()  # they keep memory that the decoder may need
+        pictures = self.pipeline.decode_drawn(tile)
+        return None if pictures is None else pictures.transpose(0, 1)
+
     def encode_prompts(self, orders: Sequence[Mapping[str, Any]]) -> None:
         """Encode now what generate() with each of these keywords will ask for, so that the text encoder works once.
 
@@ -177,7 +187,8 @@ class model_factory:
         """Choose how to compute on `device`, which is settled; returns what was found, in words.
 
         attention: names of shared.ops.attention; of several the fastest is taken. records: weights stay where they will
-        be put, so that forwards may be recorded (cuda_graph.py) if the variable ZIMAGE_GRAPHS=1 asks for it.
+        be put, so that forwards may be recorded (cuda_graph.py): small ones, all with ZIMAGE_GRAPHS=1 in the
+        environment, none with 0.
         """
         backend, words = SDPA, ""
         if self.device.type == "cuda":
@@ -188,9 +199,15 @@ class model_factory:
                 found = fastest(candidates, self.device, self.transformer.dtype, config.n_heads, config.head_dim)
                 backend, words = found.backend, f" ({found.words})"
         self.transformer.use_attention(backend)
-        allowed = os.environ.get("ZIMAGE_GRAPHS", "").strip() == "1" and type(self.transformer) is ZImageTransformer
+        asked = os.environ.get("ZIMAGE_GRAPHS", "").strip()
+        allowed = asked != "0" and type(self.transformer) is ZImageTransformer
         records = records and allowed and self.device.type == "cuda"
-        self.pipeline.recordings = GraphedForwards(self.transformer, CudaRecorder(self.device)) if records else None
+        self.pipeline.recordings = None
+        if records:
+            self.pipeline.recordings = GraphedForwards(
+                self.transformer, CudaRecorder(self.device), lambda: self.pipeline.loras.strengths,
+                most_tokens=None if asked == "1" else USUAL_MOST_TOKENS,
+            )  # fmt: skip
         return f"attention by {backend.name}{words}; forwards {'recorded' if records else 'launched kernel by kernel'}"
 
     def load_loras(self, files: Sequence[str | Path], multipliers: Sequence[Strength]) -> list[Match]:

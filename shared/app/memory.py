@@ -50,6 +50,9 @@ _PICTURE_BYTES = 80  # per pixel on a CPU: the picture in float32, a few times o
 _DECODER_SHARE = 0.6  # of a VAE's weights
 _STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
 _BLOCK_TENSORS = 4  # a numbered module of fewer tensors is no block, but a layer of some small stack
+# glibc's malloc.h: M_MMAP_THRESHOLD, from which a piece is taken from the system; M_TRIM_THRESHOLD, from which free
+# memory at the heap's end is given back. Lower ones cost time: the system clears every page that it hands out.
+_HEAP_LIMITS = {-3: 16 * MIB, -1: 32 * MIB}
 _PLAIN_DTYPES = {
     "F32": 4,
     "F16": 2,
@@ -218,6 +221,23 @@ def free_ram_bytes() -> int | None:
     found = re.search(r"MemAvailable:\s+(\d+) kB", listing.read_text(encoding="ascii", errors="replace"))
     own = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii", errors="replace"))
     return None if found is None else (int(found[1]) + (int(own[1]) if own else 0)) * 1024
+
+
+def give_freed_memory_back() -> None:
+    """From now on, let large pieces of RAM go back to the system when they are freed; does nothing beside glibc.
+
+    glibc takes large pieces from the system one by one, until one is freed: then it takes pieces of that size, up to
+    32 MiB, out of its heap, which keeps whatever lies below a piece in use. A decode so held up to twice what its
+    tensors took. A fixed limit ends that; no speed is lost, for larger pieces never came from the heap.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
+    if mallopt is not None:
+        for option, size in _HEAP_LIMITS.items():
+            mallopt(option, size)
 
 
 def reset_peak_vram() -> None:

@@ -14,6 +14,7 @@ from shared.samplers import schedules
 
 LONG_PROMPT_FATES = ("keep", "cut", "refuse")
 PRECISIONS = ("fast", "exact")
+MAX_STEP_CACHE = 0.5  # share of the velocity; beyond, nothing of the picture is left
 MAX_DRAWN_SEED = 2**31 - 1  # short enough to be read out and typed again
 MAX_SEED = 2**63 - 1  # what torch.Generator.manual_seed takes as a signed 64-bit number
 
@@ -23,6 +24,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "variation_seed": (-1, MAX_SEED),
     "diversity": (0, 10),
     "diversity_end": (0, 1),
+    "step_cache": (0, MAX_STEP_CACHE),
 }
 
 
@@ -32,7 +34,7 @@ class SamplingSettings:
 
     schedule: a name out of SCHEDULES, "" for the sampler's own. sigmas: noise levels instead, falling to the 0 that is
     left out; as many as steps. variation_seed: -1 without a variation. long_prompt: one of LONG_PROMPT_FATES.
-    precision: one of PRECISIONS.
+    precision: one of PRECISIONS. step_cache: error up to which a step's answer is used again, 0 is off; lossy.
     """
 
     schedule: str = ""
@@ -43,6 +45,7 @@ class SamplingSettings:
     diversity_end: float = 0.25
     long_prompt: str = "keep"
     precision: str = "fast"
+    step_cache: float = 0.0
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> SamplingSettings:
@@ -58,6 +61,7 @@ class SamplingSettings:
             sigmas=_sigmas(values["sigmas"]),
             long_prompt=known_name("long_prompt", values["long_prompt"], LONG_PROMPT_FATES) or "keep",
             precision=known_name("precision", values["precision"], PRECISIONS) or "fast",
+            step_cache=float(values["step_cache"]),
         )
         if values["variation_strength"]:
             seed = int(values["variation_seed"])

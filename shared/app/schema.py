@@ -171,6 +171,9 @@ SETTING_KEYS: Mapping[str, Key] = {
     "precision": Key(
         TEXT, "fast, or exact: bfloat16 numbers rounded wherever the reference implementation rounds them", "fast"
     ),
+    "step_cache": Key(
+        NUMBER, "LOSSY: a step's answer is used again up to this error, as a share; 0 is off, 0.1 careful", 0.0
+    ),
     "flow_shift": Key(NUMBER, "moves the schedule towards high noise; above 0", None),
     "sample_solver": Key(TEXT, "sampler; empty for the model's own", ""),
     "schedule": Key(TEXT, "where the steps stop: simple, beta or linear; empty for the sampler's own", ""),

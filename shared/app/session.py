@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -282,7 +282,7 @@ class _Run:
         self._should_stop = should_stop
         self._alone: Sequence[GenerationSettings] = ()  # the settings of each picture
         self._images: list[ImageDone] = []
-        self._forwards = 0
+        self._forwards = self._saved = 0
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._kernels: list[str] = []
         self._files: list[dict[str, str]] = []
@@ -353,20 +353,55 @@ class _Run:
         Later generations of this size begin with it.
         """
         stage = "text" if self._stage == "load" and self._model.is_loaded else self._stage
-        key = _memory_key(self._preset, self._settings)
-        relief = self._reliefs.get(key) or Relief()
-        found = plan.placement and next_relief(relief, stage, plan.placement, plan.machine.device)
+        relief = self._relief()
+        found = self._next_relief(plan, stage)
         if not found or found[0].engine != relief.engine or found[0].share != relief.share:
             self._model.release()
         free_memory(error)
         if not found:
             size = f"{self._settings.width}x{self._settings.height}"
             raise given_up(stage, size, self._preset.id, self._tried, error) from error
-        self._reliefs[key], words = found
+        self._learn(stage, *found)
+        return make_plan(self._ctx, self._preset, self._settings, plan.machine, self._relief())
+
+    def _decode_again(self, plan: GenerationPlan, model: LoadedModel, error: BaseException) -> Tensor | None:
+        """The picture that memory ran out for in the decoder, from the same latents in smaller and smaller tiles.
+
+        Raises the error where tiles are no way out: in another stage, and when the smallest do not do.
+        """
+        decode = getattr(model.processor, "decode_again", None)  # what a Wan2GP family lacks
+        while decode is not None and self._stage == "decode":
+            found = self._next_relief(plan, "decode")
+            if not found or found[0].tile == self._relief().tile:
+                break
+            free_memory(error)
+            self._learn("decode", *found)
+            self._tile = found[0].tile
+            try:
+                return decode(self._tile)
+            except (MemoryError, RuntimeError, OSError) as again:
+                if not is_out_of_memory(again):
+                    raise
+                error = again
+        raise error
+
+    def _relief(self) -> Relief:
+        """What memory that ran out has taught of pictures like this one."""
+        return self._reliefs.get(_memory_key(self._preset, self._settings)) or Relief()
+
+    def _next_relief(self, plan: GenerationPlan, stage: str) -> tuple[Relief, str] | None:
+        """What to try now, and in words; None when nothing is left."""
+        if plan.placement is None:
+            return None
+        placed = plan.placement if self._tile is None else replace(plan.placement, tile=self._tile)
+        return next_relief(self._relief(), stage, placed, plan.machine.device)
+
+    def _learn(self, stage: str, relief: Relief, words: str) -> None:
+        """Tell what is tried now, and begin with it next time."""
+        self._reliefs[_memory_key(self._preset, self._settings)] = relief
         self._tried.append(words)
         self._notes.append(f"Memory ran out while {DOING[stage]}; {words}.")
         self._announce(Status(self._notes[-1]))
-        return make_plan(self._ctx, self._preset, self._settings, plan.machine, self._reliefs[key])
 
     def _draw_planned(self, plan: GenerationPlan, edit: Edit, place: OutputPlace, hashes: _Hashes) -> None:
         """Load the model of the plan and draw every picture that is not drawn yet."""
@@ -388,7 +423,7 @@ class _Run:
         clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
         for index in range(len(self._images), len(self._alone)):
             self._stop_if_asked()
-            picture, seconds = self._draw_one(model, edit, index, clock)
+            picture, seconds = self._draw_one(plan, model, edit, index, clock)
             plan = self._remember_remedies(plan, model)
             self._files = hashes.result()
             if model.prompts is not None:
@@ -440,16 +475,18 @@ class _Run:
                 should_stop=self._should_stop,
             )
 
-    def _draw_one(self, model: LoadedModel, edit: Edit, index: int, clock: _Clock) -> tuple[Image.Image, float]:
+    def _draw_one(
+        self, plan: GenerationPlan, model: LoadedModel, edit: Edit, index: int, clock: _Clock
+    ) -> tuple[Image.Image, float]:
         """Picture `index`, by as many drawings as the edit asks for, and the seconds it took."""
         settings = self._alone[index]
         began = time.perf_counter()
-        self._forwards = 0
+        self._forwards = self._saved = 0
         drawn = 0
 
         def draw(asked: Pass) -> Image.Image:
             nonlocal drawn
-            picture = self._draw_pass(model, settings, asked, index, clock, drawn, edit.passes)
+            picture = self._draw_pass(plan, model, settings, asked, index, clock, drawn, edit.passes)
             drawn += 1
             return picture
 
@@ -457,6 +494,7 @@ class _Run:
 
     def _draw_pass(
         self,
+        plan: GenerationPlan,
         model: LoadedModel,
         settings: GenerationSettings,
         asked: Pass,
@@ -490,16 +528,22 @@ class _Run:
             self._announce(StepDone(index + 1, len(self._alone), done, clock.steps, left, forwards))
 
         planned = {} if self._tile is None else {"VAE_tile_size": self._tile}
-        result = model.processor.generate(
-            **{**settings.host_kwargs(), **planned, **asked.host_kwargs(), "seed": seed},
-            callback=on_step,
-            set_progress_status=lambda text: self._announce(Status(str(text))),
-        )
+        try:
+            result = model.processor.generate(
+                **{**settings.host_kwargs(), **planned, **asked.host_kwargs(), "seed": seed},
+                callback=on_step,
+                set_progress_status=lambda text: self._announce(Status(str(text))),
+            )
+        except (MemoryError, RuntimeError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            result = self._decode_again(plan, model, error)
         if result is None:
             raise _Stopped
         _require_finite(result, "the decoded picture", self._preset, seed)
         report = model.processor.report
         self._forwards += int(report["forwards"])
+        self._saved += int(report.get("saved", 0))
         for stage, seconds in report["seconds"].items():
             self._seconds[stage] += seconds
         return to_image(result)
@@ -529,6 +573,7 @@ class _Run:
                 "attention": plan.attention.value,
                 **({"kernels": self._kernels} if self._kernels else {}),
                 **({"safer": self._safer} if self._safer else {}),
+                **({"lossy": self._lossy()} if settings.sampling.step_cache else {}),
                 **({"notes": self._notes} if self._notes else {}),
                 # names only: a picture that is passed on should not tell where its maker keeps files
                 "files": [{"name": Path(file["path"]).name, "sha256": file["sha256"]} for file in self._files],
@@ -541,6 +586,13 @@ class _Run:
         done = ImageDone(path, settings.seed, record, index + 1, len(self._alone))
         self._images.append(done)
         self._announce(done)
+        if settings.sampling.step_cache:
+            self._announce(Status(f"Lossy: {self._lossy()}"))
+
+    def _lossy(self) -> str:
+        """What a step cache has done to the last picture, in words."""
+        of = self._forwards + self._saved
+        return f"step cache {self._settings.sampling.step_cache:g}: {self._saved} of {of} forwards left out"
 
     def _stop_if_asked(self) -> None:
         if self._should_stop():

@@ -77,6 +77,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "error_lora_strength": args.error_lora_strength,
         "precision": args.precision,
+        "step_cache": args.cache,
     }
     overrides |= {key: value for key, value in named.items() if value is not None}
     overrides |= edit_overrides(args, overrides)
@@ -242,6 +243,13 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("fast", "exact"),
         help="exact rounds bfloat16 numbers wherever the reference implementation does (docs/speed.md); default: fast",
+    )
+    parser.add_argument(
+        "--cache",
+        type=float,
+        metavar="ERROR",
+        help="LOSSY: use a step's answer again where it is foretold to be off by less than this share, 0 to 0.5; "
+        "another picture in less time, labelled so in its metadata (docs/cache.md); default: 0, off",
     )
     parser.add_argument("--json", action="store_true", help="end stdout with one JSON object about what was done")
     parser.add_argument("--dry-run", action="store_true",

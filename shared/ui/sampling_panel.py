@@ -10,6 +10,7 @@ import gradio as gr
 
 from shared.app.presets import Preset
 from shared.app.prompts import MODES, mode_of
+from shared.app.sampling_settings import MAX_STEP_CACHE
 from shared.app.schema import SETTING_KEYS
 
 _SCHEDULES = (
@@ -36,6 +37,7 @@ class SamplingPanel:
     multi_prompts_gen_type: gr.Dropdown
     long_prompt: gr.Dropdown
     precision: gr.Dropdown
+    step_cache: gr.Slider
 
 
 def build_sampling_panel() -> SamplingPanel:
@@ -77,10 +79,14 @@ def build_sampling_panel() -> SamplingPanel:
         precision = gr.Dropdown(
             label="Precision", elem_id="precision", choices=list(_PRECISIONS), value=usual["precision"],
         )  # fmt: skip
+        step_cache = gr.Slider(
+            0, MAX_STEP_CACHE, value=usual["step_cache"], step=0.01, label="Step cache (lossy)", elem_id="step-cache",
+            info="Above 0: steps that change little are not computed. Another picture, sooner.", **plain,
+        )  # fmt: skip
     return SamplingPanel(
         schedule=schedule, sigmas=sigmas, variation_strength=variation_strength, variation_seed=variation_seed,
         diversity=diversity, diversity_end=diversity_end, multi_prompts_gen_type=multi_prompts_gen_type,
-        long_prompt=long_prompt, precision=precision,
+        long_prompt=long_prompt, precision=precision, step_cache=step_cache,
     )  # fmt: skip
 
 

@@ -78,6 +78,29 @@ def test_decoded_pictures_agree_with_diffusers(pipeline: ZImagePipeline, referen
     torch.testing.assert_close(ours / 2 + 0.5, expected, rtol=0, atol=1e-4)
 
 
+def test_latents_that_memory_ran_out_for_wait_to_be_decoded(
+    pipeline: ZImagePipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GenerateRequest(prompt="a boat", width=64, height=32, seeds=(3, 4), steps=2)
+    expected = pipeline(request)
+    decode = pipeline.decode
+
+    def fail(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "decode", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pipeline(request)
+    monkeypatch.setattr(pipeline, "decode", decode)
+    monkeypatch.setattr(pipeline, "denoise", None)  # nothing is drawn any more
+
+    again = pipeline.decode_drawn(tile=4)
+
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-4)
+    assert pipeline.report.forwards == 2
+    assert pipeline.decode_drawn(tile=4) is None
+
+
 def test_an_image_of_a_batch_is_the_image_of_its_own_seed(pipeline: ZImagePipeline) -> None:
     together = pipeline(GenerateRequest(prompt="x", width=32, height=32, seeds=(7, 8), steps=2))
     alone = pipeline(GenerateRequest(prompt="x", width=32, height=32, seeds=(8,), steps=2))

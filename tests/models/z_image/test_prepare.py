@@ -45,7 +45,6 @@ def test_a_gpu_takes_the_fastest_or_what_was_asked_for(
     processor: model_factory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(z_image_main, "fastest", lambda *_: Found(BACKENDS["cudnn"], "sdpa 2 ms, cudnn 1 ms"))
-    monkeypatch.setenv("ZIMAGE_GRAPHS", "1")
     processor.device = GPU
 
     raced = processor.prepare(["sdpa", "cudnn"], records=True)
@@ -56,11 +55,18 @@ def test_a_gpu_takes_the_fastest_or_what_was_asked_for(
     assert backends(processor) == {"sage2"} and processor.pipeline.recordings is None
 
 
-def test_forwards_are_recorded_only_when_asked_for(processor: model_factory) -> None:
+@pytest.mark.parametrize(("asked", "most"), [("", 2304), ("1", None)])
+def test_small_forwards_are_recorded_or_all_or_none_as_asked_for(
+    processor: model_factory, monkeypatch: pytest.MonkeyPatch, asked: str, most: int | None
+) -> None:
     processor.device = GPU
+    monkeypatch.setenv("ZIMAGE_GRAPHS", asked)
 
     processor.prepare(["sdpa"], records=True)
+    assert processor.pipeline.recordings is not None and processor.pipeline.recordings.most_tokens == most
 
+    monkeypatch.setenv("ZIMAGE_GRAPHS", "0")
+    processor.prepare(["sdpa"], records=True)
     assert processor.pipeline.recordings is None
 
 

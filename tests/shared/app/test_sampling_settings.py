@@ -23,7 +23,7 @@ def test_the_usual_settings_leave_no_trace_in_a_record() -> None:
 def test_a_record_gives_the_same_settings_back() -> None:
     settings = build(
         schedule="beta", sigmas=[1, 0.5, 0], variation_strength=0.2, variation_seed=5, diversity=0.7,
-        diversity_end=0.5, long_prompt="cut", precision="exact",
+        diversity_end=0.5, long_prompt="cut", precision="exact", step_cache=0.1,
     )  # fmt: skip
 
     assert settings.sigmas == (1.0, 0.5)
@@ -43,6 +43,7 @@ def test_a_variation_seed_is_drawn_where_there_is_a_variation_and_only_there() -
         ({"precision": "exakt"}, 'one of fast, exact or empty, got "exakt".*closest is "exact"'),
         ({"sigmas": [0.5, 0.7]}, r'"sigmas": .*numbers that fall.*got \[0.5, 0.7\]'),
         ({"variation_strength": 1.5}, '"variation_strength" must be from 0 to 1, got 1.5'),
+        ({"step_cache": 0.7}, '"step_cache" must be from 0 to 0.5, got 0.7'),
         ({"diversity_end": -1}, '"diversity_end" must be from 0 to 1'),
     ],
 )

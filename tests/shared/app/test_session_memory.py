@@ -145,6 +145,63 @@ def test_each_shortage_of_decoding_makes_tiles_smaller_without_loading_again(
     assert len(result.notes) == 3
 
 
+def test_a_drawn_picture_is_decoded_again_and_not_drawn_again(
+    ctx: AppContext, handler: FakeHandler, plans: list[MemoryPlan]
+) -> None:
+    tiles: list[int] = []
+
+    def prepare(processor: FakeProcessor) -> None:
+        drawn: list[torch.Tensor | None] = []
+        draw = processor.generate
+
+        def generate(**kwargs: Any) -> torch.Tensor | None:
+            drawn[:] = [draw(**kwargs)]
+            if kwargs["VAE_tile_size"] == 0:
+                raise ERRORS[0]
+            return drawn[0]
+
+        def decode_again(tile: int) -> torch.Tensor | None:
+            tiles.append(tile)
+            if tile > 16:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return drawn[0]
+
+        processor.generate = generate  # type: ignore[method-assign]
+        processor.decode_again = decode_again  # type: ignore[attr-defined]
+
+    handler.prepare = prepare
+
+    result = ctx.session.generate("one", order(ctx, batch_size=2))
+
+    assert [image.seed for image in result.images] == [40, 41]
+    assert tiles == [64, 32, 16] and len(result.notes) == 3
+    assert [call["seed"] for p in handler.processors for call in p.calls] == [40, 41]
+    assert [call["VAE_tile_size"] for p in handler.processors for call in p.calls] == [0, 16]
+
+
+def test_a_decode_that_no_tile_helps_has_its_weights_streamed(
+    ctx: AppContext, handler: FakeHandler, plans: list[MemoryPlan]
+) -> None:
+    def prepare(processor: FakeProcessor) -> None:
+        draw = processor.generate
+
+        def fail(*_: Any, **kwargs: Any) -> torch.Tensor | None:
+            if kwargs:
+                draw(**kwargs)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        processor.generate = fail  # type: ignore[method-assign]
+        processor.decode_again = fail  # type: ignore[attr-defined]
+
+    handler.prepare = prepare
+
+    with pytest.raises(RunError, match=r"64 latent.*32 latent.*16 latent.*streamed.*half.*two blocks"):
+        ctx.session.generate("one", order(ctx))
+
+    assert [plan.engine for plan in plans] == ["direct", "stream", "stream", "stream"]
+    assert [plan.tile for plan in plans] == [0, 16, 16, 16]
+
+
 def test_on_a_cpu_a_decode_that_is_too_large_is_done_in_tiles(ctx: AppContext, handler: FakeHandler) -> None:
     shortage = Shortage(handler, "decode", 1, ERRORS[2])
 

@@ -387,4 +387,5 @@ def test_the_pipeline_gets_the_hosts_names(base):
         "diversity_end": 0.25,
         "long_prompt": "keep",
         "precision": "fast",
+        "step_cache": 0.0,
     }
