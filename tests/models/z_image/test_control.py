@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,15 @@ def load(trunk: ZImageTransformer2DModel, trunk_file: Path) -> Callable[[str], A
     return load
 
 
+# What the published branches have beside a trunk of 30 layers. 8-step, Tile and Base are 2.1 with other weights.
+PUBLISHED_PLACES = {
+    "1.0": list(range(0, 30, 5)),
+    "2.0": list(range(0, 30, 2)),
+    "2.1": list(range(0, 30, 2)),
+    "2.1-lite": [0, 10, 20],
+}
+
+
 def inputs(release: str, *, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Latents, times, captions of different padded length, control context. 60 image tokens: four of padding."""
     captions = [torch.randn(n, TRUNK.cap_feat_dim) for n in (20, 40)[:batch]]
@@ -112,14 +122,32 @@ def inputs(release: str, *, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor,
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_agrees_with_diffusers(
-    load: Callable[[str], Any], trunk: ZImageTransformer2DModel, release: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_agrees_with_diffusers(load: Callable[[str], Any], trunk: ZImageTransformer2DModel, release: str) -> None:
     ours, theirs = load(release)
+    assert_agreement(ours, theirs, trunk, release)
+
+
+@pytest.mark.parametrize("release", PUBLISHED_PLACES)
+def test_agrees_with_diffusers_at_the_published_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str
+) -> None:
+    config = {k: v for k, v in replace(TRUNK, n_layers=30).as_diffusers().items() if not k.startswith("_")}
+    trunk = randomise(ZImageTransformer2DModel(**config), 11)
+    monkeypatch.setitem(RELEASES, release, RELEASES[release] | {"control_layers_places": PUBLISHED_PLACES[release]})
+    theirs = reference_branch(release, trunk)
+    save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
+    save_file(branch_state(theirs), tmp_path / "control.safetensors")
+
+    ours = load_transformer([tmp_path / "trunk.safetensors", tmp_path / "control.safetensors"], torch.float32)
+
+    assert_agreement(ours, theirs, trunk, release)
+
+
+def assert_agreement(ours: ZImageTransformer, theirs: Any, trunk: Any, release: str) -> None:
     latents, time, captions, context = inputs(release)
     # diffusers' trunk refines without the hints that its branch refines with; here it is given the branch's stream.
     refined: list[torch.Tensor] = []
-    theirs.control_layers[0].register_forward_hook(lambda _m, args, _out: refined.append(args[1]))
+    seen = theirs.control_layers[0].register_forward_hook(lambda _m, args, _out: refined.append(args[1]))
 
     with torch.no_grad():
         samples = theirs(list(latents[:, :, None]), time, captions, list(context[:, :, None]), conditioning_scale=0.7)
@@ -128,6 +156,7 @@ def test_agrees_with_diffusers(
             list(latents[:, :, None]), time, captions, controlnet_block_samples=samples, return_dict=False
         )[0]  # fmt: skip
         hook.remove()
+        seen.remove()
         result = ours(latents, time, captions, ControlSignal(context, 0.7))
 
     assert relative_error(result, torch.stack(list(expected))[:, :, 0]) <= TOLERANCE
