@@ -87,8 +87,8 @@ def fields_for(
         flow_shift=float(settings.get("flow_shift") or 3.0),
         has_nag=bool(model_def.get("NAG")),
         NAG_scale=float(settings.get("NAG_scale") or 1.0),
-        NAG_tau=float(settings.get("NAG_tau") or 3.5),
-        NAG_alpha=float(settings.get("NAG_alpha") or 0.5),
+        NAG_tau=_number(settings, "NAG_tau", 3.5),
+        NAG_alpha=_number(settings, "NAG_alpha", 0.5),
         solvers=solvers if len(solvers) > 1 else (),
         sample_solver=str(settings.get("sample_solver") or (solvers[0][1] if solvers else "")),
         seed=int(settings.get("seed", RANDOM_SEED)),
@@ -174,6 +174,12 @@ def size_label(width: int, height: int) -> str:
     nearest = min(_RATIOS, key=lambda ratio: abs(math.log(width * ratio[1] / (height * ratio[0]))))
     shape = "square" if width == height else "landscape" if width > height else "portrait"
     return f"{width} × {height} · {shape}" + ("" if width == height else f" {nearest[0]}:{nearest[1]}")
+
+
+def _number(settings: Mapping[str, Any], key: str, usual: float) -> float:
+    """The number that is set, of which 0 is one; the usual one for None and nothing."""
+    value = settings.get(key)
+    return usual if value is None else float(value)
 
 
 def _pairs(entries: Sequence[Any]) -> Choices:

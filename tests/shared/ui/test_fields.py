@@ -30,6 +30,12 @@ def test_sizes_keep_the_area_of_the_presets_own_and_the_grid_of_the_model(preset
     assert all(0.95 < width * height / 1024**2 < 1.05 for width, height in sizes)
 
 
+def test_a_nag_alpha_of_0_is_shown_as_it_is(preset_of) -> None:
+    fields = fields_for(preset_of(model_def={"NAG": True}), {"NAG_alpha": 0.0, "NAG_tau": None})
+
+    assert (fields.NAG_alpha, fields.NAG_tau) == (0.0, 3.5)
+
+
 def test_sizes_of_the_model_definition_win_and_the_default_is_never_missing(preset_of) -> None:
     listed = {"resolutions": [["Wide", "384x256"], "256x384"]}
     fields = fields_for(preset_of(model_def=listed, settings={"resolution": "256x256"}), {})
