@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from shared.app.contact_sheet import ContactSheet
 from shared.app.drawing import DrawJob, Drawn, Spent, draw_elsewhere
+from shared.app.format_order import Finding, findings
 from shared.app.metadata import write_file
 from shared.app.picture_metrics import correlation, psnr, relative_error, ssim
 from shared.app.plan import find_files
@@ -46,6 +47,8 @@ FIRST_SEED = 20_000  # picture i is drawn with this seed + i
 
 # Formats with a low-rank branch are written in these ranks when all are asked for: those of published files.
 PUBLISHED_RANKS: Mapping[str, tuple[int, ...]] = {"svdq_int4": (32, 128, 256), "svdq_fp4": (32, 128)}
+# The numbers of another format, spelt otherwise: pictures of one are those of the other, so that all leave them out.
+SPELLINGS = frozenset({"fp8_legacy", "mxfp8_e8m0"})
 _RANKED = re.compile(r"(?P<recipe>svdq_\w+?)_r(?P<rank>[1-9]\d*)")
 _PLAIN_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
@@ -78,6 +81,7 @@ class CompareRequest:
 
     formats: names to write the preset's transformer in, or ("all",). files: further transformers, as they are.
     prompts: instead of the scorer's. settings: host keys for all pictures. scorer: "" for the preset's own.
+    lora_count: prompts that are drawn with the LoRA too; 0 for all.
     jobs: models that are drawn with at a time, sharing the CPU's cores.
     """
 
@@ -90,6 +94,7 @@ class CompareRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     lora: LoraChoice | None = None
     scorer: str = ""
+    lora_count: int = 0
     jobs: int = 1
 
 
@@ -126,7 +131,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The rows, the reference first, and where the rest lies."""
+    """The rows, the reference first; whether they are in the order that is expected; and where the rest lies."""
 
     preset: str
     device: str
@@ -137,6 +142,7 @@ class Comparison:
     rows: Sequence[Row]
     sheet: Path
     report: Path
+    order: Sequence[Finding] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {
@@ -214,6 +220,7 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
         settings=dict(request.settings),
         lora=f"{request.lora.file}:{request.lora.multiplier}" if request.lora else "",
         rows=rows,
+        order=findings(rows, len(prompts)),
         sheet=request.output / "sheet.png",
         report=request.output / "report.json",
     )
@@ -243,9 +250,9 @@ def _not_drawn() -> _Pictures:
 
 
 def format_names(root: Path) -> list[str]:
-    """Every name that --formats takes, in the order of `all`; formats with a rank once for each published one."""
+    """What `all` means, in its order: formats with a rank once for each published one, spellings of one format once."""
     names = []
-    for recipe in recipe_names(root):
+    for recipe in (name for name in recipe_names(root) if name not in SPELLINGS):
         ranks = PUBLISHED_RANKS.get(recipe, ())
         names += [f"{recipe}_r{rank}" for rank in ranks] or [recipe]
     return names
@@ -284,7 +291,7 @@ def _repeated(prompts: Sequence[str], count: int) -> list[str]:
 
 
 def _pictures_of(request: CompareRequest, prompts: Sequence[str]) -> tuple[dict[str, Any], ...]:
-    """Settings of each picture: all without the LoRA, then all with it."""
+    """Settings of each picture: all without the LoRA, then the first `lora_count` with it."""
     plain = [
         {**request.settings, "prompt": prompt, "seed": FIRST_SEED + index, "batch_size": 1}
         for index, prompt in enumerate(prompts)
@@ -292,7 +299,7 @@ def _pictures_of(request: CompareRequest, prompts: Sequence[str]) -> tuple[dict[
     if request.lora is None:
         return tuple(plain)
     lora = loras_as_host_settings([request.lora])
-    return (*plain, *({**settings, **lora} for settings in plain))
+    return (*plain, *({**settings, **lora} for settings in plain[: request.lora_count or None]))
 
 
 def _check_settings(preset: Preset, pictures: Sequence[Mapping[str, Any]]) -> None:
@@ -406,7 +413,7 @@ def _alike(found: _Pictures, reference: _Pictures, values: Callable[[Drawn], NDA
     import numpy as np
 
     def change(pictures: _Pictures) -> NDArray:
-        pairs = zip(pictures.with_lora, pictures.plain, strict=True)
+        pairs = zip(pictures.with_lora, pictures.plain, strict=False)  # the first ones, where not all are drawn so
         return np.stack([np.subtract(values(a), values(b), dtype=np.float64) for a, b in pairs])
 
     return correlation(change(found), change(reference)) if found.with_lora else None

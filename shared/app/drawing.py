@@ -34,6 +34,8 @@ _IMPORTS = (
     "shared.app.session",
     "transformers.models.auto.tokenization_auto",
     "models.z_image.z_image_main",
+    "transformers.models.qwen3.modeling_qwen3",
+    "diffusers.models.autoencoders.autoencoder_kl",
 )
 
 

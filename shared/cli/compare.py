@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", metavar="N", type=int, help="pictures for each format (default: 32)")
     parser.add_argument("--steps", metavar="N", type=int, help="transformer forwards per picture")
     parser.add_argument("--resolution", metavar="WxH", help="size in pixels, multiples of 16")
-    parser.add_argument("--lora", metavar="FILE[:STRENGTH]", help="compare also what this LoRA changes in the pictures")
+    parser.add_argument("--lora", metavar="FILE[:STRENGTH]", help="draw with this LoRA too: what does it change")
+    parser.add_argument("--lora-count", metavar="N", type=int, default=0, help="of the pictures (default: all)")
     parser.add_argument(
         "--scorer",
         metavar="MODULE",
@@ -60,6 +61,8 @@ def compare(ctx: AppContext, args: argparse.Namespace) -> int:
     count = args.count if args.count is not None else (len(prompts) or DEFAULT_COUNT)
     if count < 1:
         raise UserError(f"--count {count}: at least one picture is needed.")
+    if args.lora_count < 0 or (args.lora_count and not args.lora):
+        raise UserError(f"--lora-count {args.lora_count}: a number of pictures that are drawn with --lora as well.")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: at least one model has to be drawn with.")
     formats = [name.strip() for name in (args.formats or ("" if args.files else ALL)).split(",") if name.strip()]
@@ -74,6 +77,7 @@ def compare(ctx: AppContext, args: argparse.Namespace) -> int:
         settings={key: value for key, value in asked.items() if value is not None},
         lora=parse_lora(args.lora) if args.lora else None,
         scorer=args.scorer,
+        lora_count=args.lora_count,
         jobs=args.jobs,
     )
     console = Console(stderr=True, quiet=args.verbose == 0)
@@ -112,6 +116,11 @@ def table(result: Comparison) -> str:
     widths = [max(len(line[column]) for line in lines) for column in range(len(titles))]
     text = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
     text += [_problem(row) for row in result.rows if row.problem]
+    if result.order:
+        text += [
+            "",
+            *(f"{'holds ' if said.holds else 'BROKEN'}  {said.expected}: {said.words}" for said in result.order),
+        ]
     text += [
         "",
         f"{len(result.prompts)} pictures each, {result.preset} on {result.device} in {result.dtype}; "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shared.app.compare import Comparison, Row
+from shared.app.format_order import Finding
 from shared.cli.compare import add_arguments, compare, table
 from shared.quant.errors import UserError
 
@@ -45,10 +47,19 @@ def test_a_format_without_figures_says_why_below_the_table() -> None:
     assert "svdq_int4_r32: rows in multiples of 128 are needed." in text.splitlines()
 
 
+def test_an_expectation_that_does_not_hold_stands_out_below_the_table() -> None:
+    order = [Finding("8 bits are good", True, "int8 0.01"), Finding("4 bits are fair", False, "q4_0 0.5")]
+
+    lines = table(replace(result([REFERENCE]), order=order)).splitlines()
+
+    assert lines[3:5] == ["holds   8 bits are good: int8 0.01", "BROKEN  4 bits are fair: q4_0 0.5"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--prompts", "nothing.txt"], "cannot be read"), (["--prompts", "empty.txt"], "no prompt"),
-     (["--count", "0"], "at least one picture"), (["--jobs", "0"], "at least one model")],
+     (["--count", "0"], "at least one picture"), (["--jobs", "0"], "at least one model"),
+     (["--lora-count", "3"], "drawn with --lora as well")],
 )  # fmt: skip
 def test_a_wrong_flag_is_named(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
