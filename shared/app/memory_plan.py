@@ -31,7 +31,7 @@ Engine = Literal["direct", "mmgp", "stream"]
 OFFLOADS = ("auto", "mmgp", "stream", "none")
 """What can be asked for; "none" puts everything on the GPU."""
 
-RESERVE_MB = 512.0  # the driver's context, kernels' workspaces, and what the allocator cannot use: an estimate
+RESERVE_MB = 512.0  # an estimate: the driver's context, workspaces, recorded forwards (< 300), the allocator's waste
 TILED_FROM = 0.25  # of the GPU's room: a decode that needs more is done in tiles, which cost little time
 CLEARLY_QUICKER = 0.9  # the streamer is taken where its step takes at most this share of mmgp's
 PINNED_RAM_SHARE = 0.5  # of the RAM may be page-locked

@@ -369,7 +369,8 @@ class _Run:
 
         Raises the error where tiles are no way out: in another stage, and when the smallest do not do.
         """
-        decode = getattr(model.processor, "decode_again", None)  # what a Wan2GP family lacks
+        # What a Wan2GP family lacks.
+        decode: Callable[[int], Tensor | None] | None = getattr(model.processor, "decode_again", None)
         while decode is not None and self._stage == "decode":
             found = self._next_relief(plan, "decode")
             if not found or found[0].tile == self._relief().tile:
