@@ -27,7 +27,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ STAGES: Mapping[str, str] = {"text": "text_encoder", "denoise": "transformer", "
 """Stage -> the module that works in it, in the order in which they come."""
 
 BASE_MB = 527.0  # Python, torch, diffusers and transformers in use, nothing loaded; measured on Linux x86-64, CPU build
+# Roles by what stands before their names in ComfyUI's all-in-one checkpoints; what else is there is the transformer's.
+_PART_PREFIXES = {
+    "text_encoder": ("text_encoders.", "cond_stage_model."),
+    "vae": ("vae.", "first_stage_model."),
+}
 _PROMPT_TOKENS = 512  # longest prompt the text encoder takes
 _PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
 _CELL_PIXELS = 8
@@ -149,10 +154,10 @@ def estimate_memory(
     decoded in, with a second decoder of that type, where they are not the VAE's own. guided: two passes in one batch.
     Raises CheckpointError when a header cannot be read.
     """
-    vae_file = Checkpoint.open(vae)
+    vae_file = _open_part(vae, "vae")
     sizes = {
-        "transformer": _module([Checkpoint.open(path) for path in transformer], compute_bytes),
-        "text_encoder": _module([Checkpoint.open(text_encoder)], compute_bytes),
+        "transformer": _module([_open_part(path, "transformer") for path in transformer], compute_bytes),
+        "text_encoder": _module([_open_part(text_encoder, "text_encoder")], compute_bytes),
         "vae": ModuleSizes(nbytes=sum(_loaded_bytes(info, vae_bytes) for info in vae_file.tensors.values())),
     }
     tokens = (width // _PATCH_PIXELS) * (height // _PATCH_PIXELS) + _PROMPT_TOKENS
@@ -260,6 +265,19 @@ def peak_vram_mb() -> float:
 def _torch_with_cuda() -> Any | None:
     torch = sys.modules.get("torch")  # not imported: then nothing is on a GPU either
     return torch if torch is not None and torch.cuda.is_available() else None
+
+
+def _open_part(path: Path, role: str) -> Checkpoint:
+    """The tensors of one role: an all-in-one checkpoint holds those of three, each behind a prefix."""
+    checkpoint = Checkpoint.open(path)
+    roles = {
+        name: next((role for role, prefixes in _PART_PREFIXES.items() if name.startswith(prefixes)), "transformer")
+        for name in checkpoint.tensors
+    }
+    if len(set(roles.values())) < 2:
+        return checkpoint
+    own = {name: info for name, info in checkpoint.tensors.items() if roles[name] == role}
+    return replace(checkpoint, tensors=own)
 
 
 def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:

@@ -20,6 +20,7 @@ from models.z_image.text_encoder import load_text_encoder
 from models.z_image.transformer import ZImageTransformer
 from shared.app.context import AppContext, default_root
 from shared.app.families import load_families
+from shared.app.memory import MIB, estimate_memory
 from shared.app.presets import choose_files
 from shared.cli.parser import build_parser, parse_arguments
 from shared.cli.quantize import quantize
@@ -121,8 +122,20 @@ def test_a_checkpoint_of_all_three_is_opened_as_each(ctx: AppContext) -> None:
         ours, theirs = load(output, torch.float32).state_dict(), load(alone, torch.float32).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    alone_mb, together_mb = weights_mb(demo / "transformer.safetensors", encoder, vae), weights_mb(*[output] * 3)
+    assert {role: together_mb[role] for role in ("text_encoder", "vae")} == {
+        role: alone_mb[role] for role in ("text_encoder", "vae")
+    }
+    assert together_mb["transformer"] * MIB < output.stat().st_size - encoder.stat().st_size
     wants = choose_files(ctx.refresh_presets().get("all")).wants
     assert {want.role for want in wants if want.url == str(output)} == {"transformer", "text_encoder", "vae"}
+
+
+def weights_mb(transformer: Path, text_encoder: Path, vae: Path) -> dict[str, float]:
+    return estimate_memory(
+        transformer=[transformer], text_encoder=text_encoder, vae=vae, width=64, height=64, tile_cells=None,
+        compute_bytes=2, vae_bytes=4, guided=False,
+    ).weights_mb  # fmt: skip
 
 
 def test_the_same_output_keeps_one_preset_and_another_gets_its_own(ctx: AppContext) -> None:
