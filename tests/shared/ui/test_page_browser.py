@@ -9,7 +9,9 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from tests.shared.ui.conftest import FakeContext
 pytestmark = pytest.mark.browser
 
 LOOPBACK = "127.0.0.1"
-PATIENCE = 15_000  # ms; a loaded two-core machine is slow to paint
-WITH_TORCH = 120_000  # ms; the first picture of a process imports torch and loads the demo
+LORA = min(Path("lora_root/z_image/demo").glob("*.safetensors"))  # whichever styles come with the program
+PATIENCE = 45_000  # ms; a loaded two-core machine is slow to paint
+WITH_TORCH = 300_000  # ms; the first picture of a process imports torch and loads the demo
 CHROMIUM_FLAGS = (  # no sandbox: CI runs as root. The rest keeps the browser itself off the network.
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -74,6 +77,55 @@ def context(served: tuple[FakeContext, str]) -> Iterator[FakeContext]:
     yield served_context
     if served_context.session.gate is not None:  # let a drawing that a test left behind come to its end
         served_context.session.gate.release(1000)
+
+
+@dataclass(frozen=True)
+class Program:
+    """The program itself behind the page: its address, and the folders of its LoRAs and its pictures."""
+
+    address: str
+    loras: Path
+    outputs: Path
+
+    def newest(self) -> tuple[Image.Image, dict[str, Any]]:
+        """The picture drawn last and its record."""
+        path = max((p for p in self.outputs.iterdir() if p.is_file()), key=lambda p: p.stat().st_mtime_ns)
+        record = read_record(path)
+        assert record is not None
+        with Image.open(path) as picture:
+            return picture.copy(), record
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """One for all tests that draw with the demo: loading it is the slow part."""
+    folder = tmp_path_factory.mktemp("program")
+    loras = folder / "my loras"
+    loras.mkdir()
+    folders = {"config": str(folder), "settings": str(folder), "output_dir": str(folder / "outputs")}
+    context = AppContext.create(argparse.Namespace(**folders, lora_dir_z_image=str(loras)))
+    app = serve(context, LOOPBACK, free_port())
+    yield Program(app.local_url, loras, folder / "outputs")
+    app.close(verbose=False)
+
+
+@pytest.fixture
+def demo_page(browser: Browser, program: Program) -> Iterator[Callable[[], Page]]:
+    """Open a page of the program with the demo chosen, two steps and seed 7."""
+    pages: list[Page] = []
+
+    def open_one() -> Page:
+        page = browser.new_page(viewport={"width": 1440, "height": 1400})
+        pages.append(page)
+        page.goto(program.address)
+        expect(page.locator("#preset input")).to_have_value(re.compile("Demo"), timeout=PATIENCE)
+        type_number(page, "steps", 2)
+        type_number(page, "seed", 7)
+        return page
+
+    yield open_one
+    for page in pages:
+        page.close()
 
 
 @pytest.fixture
@@ -124,7 +176,7 @@ def hold(context) -> threading.Semaphore:
     return context.session.gate
 
 
-def type_number(page: Page, field: str, value: int) -> None:
+def type_number(page: Page, field: str, value: float) -> None:
     box = page.locator(f"#{field} input[type=number]")
     box.fill(str(value))
     box.press("Tab")
@@ -331,25 +383,92 @@ def test_the_last_seed_can_be_used_again(open_page) -> None:
     expect(page.locator("#seed input")).to_have_value("-1")
 
 
-def test_the_demo_that_comes_with_the_program_is_drawn(browser: Browser, tmp_path: Path) -> None:
-    folders = {"config": str(tmp_path), "settings": str(tmp_path), "output_dir": str(tmp_path / "outputs")}
-    context = AppContext.create(argparse.Namespace(**folders))
-    app = serve(context, LOOPBACK, free_port())
-    page = browser.new_page()
-    try:
-        page.goto(app.local_url)
-        expect(page.locator("#preset input")).to_have_value(re.compile("Demo"), timeout=PATIENCE)
-        type_number(page, "steps", 2)
-        type_number(page, "seed", 7)
-        generate(page).click()
-        expect(pictures(page)).to_have_count(1, timeout=WITH_TORCH)
-        expect(page.locator("#info .facts")).to_contain_text("256 × 256 · seed 7")
-    finally:
-        page.close()
-        app.close(verbose=False)
+def test_the_demo_that_comes_with_the_program_is_drawn_and_changed_by_a_lora(
+    demo_page: Callable[[], Page], program: Program
+) -> None:
+    page = demo_page()
+    generate(page).click()
+    expect(page.locator("#info .facts")).to_contain_text("256 × 256 · seed 7", timeout=WITH_TORCH)
+    plain, record = program.newest()
+    assert record["model_type"] == "z_image_demo"
 
-    [picture] = (tmp_path / "outputs").iterdir()
-    assert read_record(picture)["model_type"] == "z_image_demo"
+    shutil.copy(LORA, program.loras / "style.safetensors")
+    page.locator("#refresh").click()
+    page.locator("#loras > button").first.click()
+    page.locator("#lora-files input").click()
+    page.get_by_role("option", name="style.safetensors").click()
+    page.locator("#lora-strengths textarea").fill("0.8")
+    type_number(page, "steps", 2)
+    type_number(page, "seed", 8)
+    generate(page).click()
+    expect(page.locator("#info .facts")).to_contain_text("seed 8", timeout=WITH_TORCH)
+
+    changed, record = program.newest()
+    assert (record["activated_loras"], record["loras_multipliers"]) == (["style.safetensors"], "0.8")
+    [match] = record["provenance"]["loras"]
+    assert match["matched"] == match["total"] > 0
+    assert np.abs(np.asarray(changed, int) - np.asarray(plain)).mean() > 5  # of 255: a style, not a rounding
+
+
+def test_a_picture_is_extended_enlarged_tile_by_tile_and_drawn_twice(
+    demo_page: Callable[[], Page], program: Program, tmp_path: Path
+) -> None:
+    given = np.full((256, 256, 3), (240, 240, 235), np.uint8)
+    given[96:160, 96:160] = (212, 38, 44)
+    Image.fromarray(given).save(tmp_path / "given.png")
+    page = demo_page()
+    page.locator("#edit > button").first.click()
+    expect(page.locator("#editor canvas").first).to_be_visible(timeout=PATIENCE)
+    page.wait_for_timeout(2000)  # a picture given before Gradio's editor is ready breaks it for good
+    page.locator("#editor input[type=file]").first.set_input_files(tmp_path / "given.png")
+    page.wait_for_timeout(1000)
+
+    def drawn(seed: int) -> tuple[np.ndarray, dict[str, Any]]:
+        type_number(page, "seed", seed)
+        generate(page).click()
+        expect(page.locator("#info .facts")).to_contain_text(f"seed {seed}", timeout=WITH_TORCH)
+        picture, record = program.newest()
+        return np.asarray(picture), record
+
+    page.locator("#outpaint textarea, #outpaint input").first.fill("right=64")
+    wider, record = drawn(21)
+    assert (wider.shape[:2], record["outpaint"]) == ((256, 320), "right=64")
+    assert np.array_equal(wider[:, :240], given[:, :240])
+
+    page.locator("#outpaint textarea, #outpaint input").first.fill("")
+    type_number(page, "tile-scale", 1.5)
+    larger, record = drawn(22)
+    assert (larger.shape[:2], record["tile_scale"]) == ((384, 384), 1.5)
+    assert record["provenance"]["forwards"] == 4 * 2  # four tiles, two steps each
+
+    type_number(page, "tile-scale", 1)
+    page.locator("#hires > button").first.click()
+    type_number(page, "hires-scale", 1.5)
+    twice, record = drawn(23)
+    assert (twice.shape[:2], record["hires_scale"]) == ((384, 384), 1.5)
+
+
+def test_reference_pictures_are_asked_of_models_that_look_at_them(
+    open_page, context, preset_of, tmp_path: Path
+) -> None:
+    context.on_disk.append(preset_of(id="omni", name="Omni", model_def={"image_ref_choices": {"choices": []}}))
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30), "teal").save(tmp_path / name)
+    page = open_page(height=1400)
+    expect(page.locator("#references")).to_be_hidden()
+    page.locator("#refresh").click()
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="Omni").click()
+    page.locator("#references > button").first.click()
+    page.locator("#image-refs input[type=file]").first.set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
+    expect(page.locator("#image-refs img")).to_have_count(2, timeout=PATIENCE)
+    generate(page).click()
+    expect(pictures(page)).to_have_count(1)
+
+    given = context.session.orders[-1][1].edit.image_refs
+    assert [Path(path).read_bytes() for path in given] == [
+        (tmp_path / name).read_bytes() for name in ("a.png", "b.png")
+    ]
 
 
 CONTRAST = """
