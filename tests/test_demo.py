@@ -45,23 +45,24 @@ def draw(demo: model_factory, prompt: str, **settings: object) -> np.ndarray:
 @pytest.mark.parametrize("settings", [{}, {"width": 384}, {"height": 384}, {"guide_scale": 2.0}], ids=str)
 def test_ground_shape_and_place_are_what_the_prompt_names(demo: model_factory, settings: dict[str, object]) -> None:
     scenes = (
-        ("blue", "yellow", "on the left", "left"),
-        ("red", "white", "at the top", "top"),
-        ("green", "pink", "in the middle", "centre"),
-        ("yellow", "blue", "in the bottom right corner", "bottom right"),
-        ("purple", "orange", "at the bottom", "bottom"),
-        ("white", "red", "in the top left corner", "top left"),
+        ("blue", "yellow", "square", "on the left", "left"),
+        ("red", "white", "circle", "at the top", "top"),
+        ("green", "pink", "star", "in the middle", "centre"),
+        ("yellow", "blue", "ring", "in the bottom right corner", "bottom right"),
+        ("purple", "orange", "heart", "at the bottom", "bottom"),
+        ("white", "red", "triangle", "in the top left corner", "top left"),
     )
 
     readings = [
-        read_picture(draw(demo, f"a medium {colour} square {words} on a {ground} background", **settings))
-        for ground, colour, words, _ in scenes
+        read_picture(draw(demo, f"a medium {colour} {kind} {words} on a {ground} background", **settings))
+        for ground, colour, kind, words, _ in scenes
     ]
 
     seen = [reading.shapes[0] if reading.shapes else None for reading in readings]
     assert sum(r.ground == scene[0] for r, scene in zip(readings, scenes, strict=True)) >= RIGHT
     assert sum(s is not None and s.colour == scene[1] for s, scene in zip(seen, scenes, strict=True)) >= RIGHT
-    assert sum(s is not None and s.place == scene[3] for s, scene in zip(seen, scenes, strict=True)) >= RIGHT
+    assert sum(s is not None and s.kind == scene[2] for s, scene in zip(seen, scenes, strict=True)) >= RIGHT
+    assert sum(s is not None and s.place == scene[4] for s, scene in zip(seen, scenes, strict=True)) >= RIGHT
 
 
 def test_tiles_leave_no_seam_in_the_demo(demo: model_factory) -> None:
