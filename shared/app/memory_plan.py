@@ -245,7 +245,8 @@ def _on_one_memory(
     if cap is not None:
         reason += "; a cap on GPU memory is for NVIDIA GPUs"
     weights = estimate.weights_mb
-    left = (ram if free is None else free) / MIB - BASE_MB - sum(weights.values()) - estimate.loras_mb
+    held = sum(size.nbytes - size.mapped for size in estimate.sizes.values())  # what is mapped gives way to the decode
+    left = ((ram if free is None else free) - held) / MIB - BASE_MB - estimate.loras_mb
     tile, decode_mb, why_tiled = _tile(estimate, max(left, 0.0) * FREE_RAM_SHARE, relief)
     working = {**estimate.working_mb, "decode": decode_mb}
     peaks, used = {}, BASE_MB

@@ -207,6 +207,12 @@ def test_a_cpu_with_little_free_ram_decodes_in_tiles() -> None:
     assert plan(CPU, free=round(20.47 * GB) + 2 * GIB).tile in TILES
 
 
+def test_weights_that_stay_in_their_files_leave_their_ram_to_the_decode() -> None:
+    sizes = {name: replace(size, mapped=size.nbytes) for name, size in model().sizes.items()}
+
+    assert plan(CPU, model(sizes=sizes), free=8 * GIB).tile == 0
+
+
 def test_what_is_for_nvidia_gpus_is_said_to_do_nothing_on_a_cpu() -> None:
     assert "profile 4 is for NVIDIA" in plan(CPU, profile=4).reason
     assert "cap" in plan(CPU, cap=GIB).reason
