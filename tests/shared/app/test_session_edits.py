@@ -116,6 +116,18 @@ def test_two_passes_are_one_picture_with_one_count_of_steps(ctx: AppContext, han
     assert pixels(result.images[0].path).shape == (96, 128, 3)
 
 
+def test_forwards_are_told_step_by_step_over_both_passes(ctx: AppContext, handler: FakeHandler) -> None:
+    events: list[Any] = []
+    # As a sampler that asks twice at each step; the report at the end of a pass says 3.
+    handler.prepare = lambda processor: setattr(
+        processor, "on_call", lambda own, step: own.report.update(forwards=2 * (step + 1))
+    )
+
+    ctx.session.generate("one", order(ctx, hires_scale=2, num_inference_steps=3), on_event=events.append)
+
+    assert [event.forwards for event in events if isinstance(event, StepDone)] == [2, 4, 6, 3 + 2, 3 + 4, 3 + 6]
+
+
 def test_cancelling_between_two_passes_leaves_no_picture(ctx: AppContext) -> None:
     seen: list[Any] = []
 
