@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Factors(NamedTuple):
     """What a block multiplies by at one time, the same for all tokens of a picture.
 
-    Norm weights are (D,), q_norm and k_norm (E,). Scales are 1 + adaLN's, gates the tanh of adaLN's, (B or 1, 1, D);
-    None where there is nothing to multiply by, or the weight of the norm before it holds it already.
+    Norm weights are (D,), those of queries and keys (2, E). Scales are 1 + adaLN's, gates the tanh of adaLN's,
+    (B or 1, 1, D); None where there is nothing to multiply by, or the weight of the norm before it holds it already.
     """
 
     attention_norm1: Tensor
@@ -36,8 +36,7 @@ class Factors(NamedTuple):
     ffn_scale: Tensor | None
     ffn_norm2: Tensor
     ffn_gate: Tensor | None
-    q_norm: Tensor
-    k_norm: Tensor
+    qk_norm: Tensor
     exact: bool
 
 
@@ -102,11 +101,9 @@ def block_factors(block: Block, time_RT: Tensor | None, *, exact: bool, apart: b
     """
     norms = [block.attention_norm1, block.attention_norm2, block.ffn_norm1, block.ffn_norm2]
     attention1, attention2, ffn1, ffn2 = (norm_weight(norm) for norm in norms)
-    heads = norm_weight(block.attention.q_norm), norm_weight(block.attention.k_norm)
-    if apart:  # kept beyond this forward, while an offloader may put another block's weights in this place
-        heads = heads[0].clone(), heads[1].clone()
+    heads = torch.stack((norm_weight(block.attention.q_norm), norm_weight(block.attention.k_norm)))
     if time_RT is None:
-        return [Factors(attention1, None, attention2, None, ffn1, None, ffn2, None, *heads, exact)]
+        return [Factors(attention1, None, attention2, None, ffn1, None, ffn2, None, heads, exact)]
     four_RD = block.adaLN_modulation(time_RT)
     dtype = four_RD.dtype
     wide = four_RD[:, None] if exact else four_RD[:, None].float()
@@ -119,13 +116,16 @@ def block_factors(block: Block, time_RT: Tensor | None, *, exact: bool, apart: b
             attention1, attention2, ffn1, ffn2 = (w.clone() for w in (attention1, attention2, ffn1, ffn2))
         chunks = [part.split(1) if apart else (part,) for part in parts]
         return [
-            Factors(attention1, sa, attention2, ga, ffn1, sf, ffn2, gf, *heads, exact)
+            Factors(attention1, sa, attention2, ga, ffn1, sf, ffn2, gf, heads, exact)
             for sa, ga, sf, gf in zip(*chunks, strict=True)
         ]
     weights = (attention1, attention2, ffn1, ffn2)
-    folded = [(w * factor[:, 0]).to(dtype).unbind() for w, factor in zip(weights, factors, strict=True)]
+    # On a CPU a product of two types makes a copy of the narrower first; a GPU's kernels read what there is.
+    kept = torch.float32 if heads.device.type == "cpu" else dtype
+    heads = heads.to(kept)
+    folded = [(w * factor[:, 0]).to(kept).unbind() for w, factor in zip(weights, factors, strict=True)]
     return [
-        Factors(a1, None, a2, None, f1, None, f2, None, *heads, exact) for a1, a2, f1, f2 in zip(*folded, strict=True)
+        Factors(a1, None, a2, None, f1, None, f2, None, heads, exact) for a1, a2, f1, f2 in zip(*folded, strict=True)
     ]
 
 

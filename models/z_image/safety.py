@@ -67,7 +67,7 @@ class _Known:
     """Of a device that computes while it is asked: known at once."""
 
     def __init__(self, values: Tensor) -> None:
-        self._verdict = verdict_now(values)
+        self._verdict = int(judge(values).numpy())  # it lies in the host's memory already
 
     def arrived(self) -> bool:
         return True

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.z_image import straight
 from models.z_image.attention import TwoViews, attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
@@ -142,6 +143,10 @@ class ZImageTransformer(nn.Module):
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
         x_BND = pad_tokens(x_BND, image_rope.shape[1], self.x_pad_token)
+        if x_BND.is_cpu and control is None and not moment.table.exact and not torch.is_grad_enabled():
+            # Norms compute in float32 anyway: a stream of it saves a copy before each and one behind it.
+            x_BND = x_BND.float()
+        image_rope = as_read(image_rope)
         follower = None
         if control is not None:
             if self.control is None:
@@ -155,14 +160,14 @@ class ZImageTransformer(nn.Module):
         x_BSD = torch.cat([x_BND, captions.tokens_BLD], dim=1)
         if follower is not None:
             follower.join(x_BSD, captions.tokens_BLD, joint_rope, mask)
-        joint, rope = x_BSD.shape[1], joint_rope
+        image, joint, rope = x_BND.shape[1], x_BSD.shape[1], joint_rope
+        del x_BND  # its memory is wanted
         view: Tensor | TwoViews | None = mask
         if nag is not None:
             x_BSD = torch.cat([x_BSD, nag.negative.tokens_BLD], dim=1)
-            rope, negative_mask = self.rope.with_negative(
-                joint_rope, x_BND.shape[1], captions.lengths, nag.negative.lengths
-            )
-            view = TwoViews(x_BND.shape[1], joint - x_BND.shape[1], mask, negative_mask, nag.guidance.combine)
+            rope, negative_mask = self.rope.with_negative(joint_rope, image, captions.lengths, nag.negative.lengths)
+            view = TwoViews(image, joint - image, mask, negative_mask, nag.guidance.combine)
+        rope = as_read(rope)
         for i, block in enumerate(self.layers):
             x_BSD = block(x_BSD, rope, view, moment)
             if follower is not None:  # whose hints are for the image and its caption
@@ -239,6 +244,8 @@ class Block(nn.Module):
         """One block over (B, S, D). `moment` is None for the context refiner, which has no modulation; `exact` is
         for it alone, a moment has its own."""
         f: Factors = self.factors(None, exact=exact, apart=False)[0] if moment is None else moment.of(self)
+        if straight.serves(self, x_BSD, f):
+            return straight.forward(self, x_BSD, rope, mask, f)
         eps = self.eps
         is_narrow = x_BSD.dtype == torch.float16
         qkv, w13 = self.attention.qkv, self.feed_forward.w13
@@ -275,10 +282,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews | None, f: Factors) -> Tensor:
         q_BHSE, k_BHSE, v_BHSE = ops.qk_norm_rope(
-            self.qkv(x_BSD), f.q_norm, f.k_norm, rope, self.n_heads, self.eps, exact=f.exact
+            self.qkv(x_BSD), f.qk_norm, rope, self.n_heads, self.eps, exact=f.exact
         )
         h_BHSE = attend(q_BHSE, k_BHSE, v_BHSE, mask, exact=f.exact, backend=self.backend)
-        return self.out(h_BHSE.transpose(1, 2).flatten(2))
+        return self.out(h_BHSE.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
 
 class FeedForward(nn.Module):
@@ -317,7 +324,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x_BND: Tensor, moment: Moment) -> Tensor:
         scale: Tensor = moment.of(self)
-        return self.linear(F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6) * scale)
+        return self.linear((F.layer_norm(x_BND, x_BND.shape[-1:], eps=1e-6) * scale).to(scale.dtype))
 
     def factors(self, time_RT: Tensor, *, exact: bool, apart: bool) -> Sequence[Tensor]:
         """See modulation.Timed: the scales, (R or 1, 1, D)."""
@@ -430,6 +437,11 @@ def _image_positions(lengths: Sequence[int], rows: int, columns: int) -> Tensor:
     positions[:, : len(grid), 0] = torch.tensor(lengths, device="cpu")[:, None] + 1
     positions[:, : len(grid), 1:] = grid
     return positions
+
+
+def as_read(rope: Tensor) -> Tensor:
+    """A table of rotations as blocks read it on its device: on a CPU as complex numbers, seen so once for them all."""
+    return torch.view_as_complex(rope) if rope.is_cpu else rope
 
 
 def bounded(x: Tensor) -> Tensor:

@@ -43,9 +43,8 @@ class Operations(Protocol):
     ) -> Tensor: ...
 
     def qk_norm_rope(
-        self, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *,
-        exact: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+        self, qkv: Tensor, qk_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
 
     def swiglu(self, w13: Tensor) -> Tensor: ...
 
@@ -88,15 +87,17 @@ def gate_residual(
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
+    qkv: Tensor, qk_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys, values as attention reads them, (B, H, S, E) each in qkv's type (strides are the device's choice).
+    """Queries, keys, values as attention reads them, (B, H, S, E) each (strides are the device's choice).
 
-    qkv itself is used up: the results may be views of it, written over.
-    qkv: (B, S, 3 * H * E), all queries first, then keys, then values. q_weight, k_weight: (E,) of the head-wise RMS
-    norms. rope: (B or 1, S, 1, E / 2, 2) float32, cosine and sine of each pair's angle; pairs are (x[2i], x[2i + 1]).
+    Of qkv's type, or float32 where attention is faster in it. qkv itself is used up: the results may be views of it,
+    written over.
+    qkv: (B, S, 3 * H * E), all queries first, then keys, then values. qk_weight: (2, E), the queries' head-wise RMS
+    norm's weight and the keys'. rope: (B or 1, S, 1, E / 2, 2) float32, cosine and sine of each pair's angle, on a CPU
+    also as complex numbers (B or 1, S, 1, E / 2); pairs are (x[2i], x[2i + 1]).
     """
-    return implementation(qkv).qk_norm_rope(qkv, q_weight, k_weight, rope, n_heads, eps, exact=exact)
+    return implementation(qkv).qk_norm_rope(qkv, qk_weight, rope, n_heads, eps, exact=exact)
 
 
 def swiglu(w13: Tensor) -> Tensor:
@@ -113,12 +114,13 @@ def swiglu(w13: Tensor) -> Tensor:
 def rms_norm_modulate_into(
     linear: nn.Module, x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False
 ) -> Tensor | Rounded:
-    """rms_norm_modulate(x, ...) as `linear` takes it."""
+    """rms_norm_modulate(x, ...) as `linear` takes it: also of its weight's type, where x is a wider stream."""
     kind, serving = _taken_by(linear, x), _serving(x, scale)
+    if serving is eager:
+        normed = eager.rms_norm_modulate(x, weight, scale, eps, exact=exact, dtype=_type_of(linear, x))
+        return normed if kind is None else round_rows(normed, kind)
     if kind is None:
         return serving.rms_norm_modulate(x, weight, scale, eps, exact=exact)
-    if serving is eager:
-        return round_rows(eager.rms_norm_modulate(x, weight, scale, eps, exact=exact), kind)
     from shared.ops import fused
 
     return fused.rms_norm_modulate(x, weight, scale, eps, exact=exact, rounding=kind)
@@ -151,8 +153,16 @@ def swiglu_into(linear: nn.Module, w13: Tensor) -> Tensor | Rounded:
 
 
 def _taken_by(linear: nn.Module, x: Tensor) -> Kind | None:
+    if type(linear) is nn.Linear:  # modules are slow to say what they lack
+        return None
     takes: Callable[[torch.device], Kind | None] | None = getattr(linear, "takes", None)
     return None if takes is None else takes(x.device)
+
+
+def _type_of(linear: nn.Module, x: Tensor) -> torch.dtype:
+    weight = linear._parameters.get("weight")
+    dtype: torch.dtype = getattr(linear, "weight", x).dtype if weight is None else weight.dtype
+    return dtype
 
 
 __all__ = [

@@ -88,17 +88,17 @@ def gate_residual_norm(
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
+    qkv: Tensor, qk_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See shared.ops. Written over qkv, of which all three are views: nothing is copied."""
     batch, length, _ = qkv.shape
-    width = len(q_weight)
+    width = qk_weight.shape[1]
     if width & (width - 1) or width < 16:  # a head is one row of a power of two
-        return eager.qk_norm_rope(qkv, q_weight, k_weight, rope, n_heads, eps, exact=exact)
+        return eager.qk_norm_rope(qkv, qk_weight, rope, n_heads, eps, exact=exact)
     qkv, angles = qkv.contiguous(), rope.contiguous()
     heads = _power_of_two(n_heads)
     kernels.qk_norm_rope[(batch * length, 2)](
-        qkv, q_weight, k_weight, angles,
+        qkv, qk_weight[0], qk_weight[1], angles,
         length, n_heads, eps, 0 if len(angles) == 1 else angles.stride(0), angles.stride(1),
         EXACT=exact, HEADS=heads, HEAD_WIDTH=width,
         **tuning.launch("row", capability(qkv.device), heads * width),
@@ -157,7 +157,7 @@ def wrong_operations(device: torch.device) -> list[str]:
         return torch.randn(*shape, generator=generator, device="cpu").to(device, torch.bfloat16)
 
     x, y, qkv, w13 = (numbers(1, 8, columns) for columns in (heads * width,) * 2 + (3 * heads * width, 2 * hidden))
-    weight, factor, head = numbers(heads * width), numbers(1, 1, heads * width), numbers(width)
+    weight, factor, heads_weight = numbers(heads * width), numbers(1, 1, heads * width), numbers(2, width)
     angles = numbers(1, 8, 1, width // 2).float()
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
     rounded = eager_round_rows(x, "int8")
@@ -167,8 +167,8 @@ def wrong_operations(device: torch.device) -> list[str]:
         "swiglu": (swiglu(w13), eager.swiglu(w13)),
         "round_rows": (round_rows(x, "int8").restore(), rounded.restore()),
         "qk_norm_rope": (
-            qk_norm_rope(qkv.clone(), head, head, rope, heads, _EPS)[0],
-            eager.qk_norm_rope(qkv.clone(), head, head, rope, heads, _EPS)[0],
+            qk_norm_rope(qkv.clone(), heads_weight, rope, heads, _EPS)[0],
+            eager.qk_norm_rope(qkv.clone(), heads_weight, rope, heads, _EPS)[0],
         ),
     }
     return [

@@ -28,6 +28,9 @@ _CUDA_MULTIPLE, _CUDA_TOKENS = 8, 17
 # In smaller layers rounding the activations costs what the product saves: measured from 0.8 to 1.2 times as fast.
 _LARGE = 2048
 
+# Numbers whose float32 copies, two at a time, fit into the second cache of a core.
+_CACHED = 2**16
+
 # Instructions that multiply int8 and add to int32, as torch.cpu.get_capabilities() calls them.
 _INT8_UNITS = ("amx_int8", "avx512_vnni")
 
@@ -68,7 +71,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
         flat = F.pad(flat, (0, 0, 0, _CUDA_TOKENS - tokens))
     codes, scale = round_tokens(flat)
     sums = torch._int_mm(codes, packed.tensors["codes"].t())
-    result = sums.float().mul_(scale).mul_(packed.tensors["scale"].t()).to(x.dtype)[:tokens]
+    result = scaled(sums, scale, packed.tensors["scale"].t(), x.dtype)[:tokens]
     if layer.bias is not None:
         result.add_(layer.bias)
     return result.view(*x.shape[:-1], layer.out_features)
@@ -76,10 +79,29 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (T, K) -> int8 codes (T, K) and float32 scales (T, 1); a token of zeros gets zeros."""
-    numbers = x.float()
-    scale = numbers.abs().amax(dim=1, keepdim=True).div_(int8.MAX_CODE)
-    scale.clamp_(min=torch.finfo(torch.float32).tiny)
-    return (numbers / scale).round_().to(torch.int8), scale
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    scales = x.new_empty(len(x), 1, dtype=torch.float32)
+    step = _at_once(x)
+    for some, code, scale in zip(x.split(step), codes.split(step), scales.split(step), strict=True):
+        numbers = some.float()
+        scale.copy_(numbers.abs().amax(dim=1, keepdim=True).div_(int8.MAX_CODE))
+        scale.clamp_(min=torch.finfo(torch.float32).tiny)
+        code.copy_((numbers / scale).round_())
+    return codes, scales
+
+
+def scaled(sums: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums (T, N) int32 * row (T, 1) * column (1, N), float32, in `dtype`."""
+    result = sums.new_empty(sums.shape, dtype=dtype)
+    step = _at_once(sums)
+    for some, out, factor in zip(sums.split(step), result.split(step), row.split(step), strict=True):
+        out.copy_(some.float().mul_(factor).mul_(column))
+    return result
+
+
+def _at_once(x: Tensor) -> int:
+    """Rows to work on at once: on a CPU what its second cache holds, for half the time; elsewhere all of them."""
+    return max(_CACHED // x.shape[1], 1) if x.is_cpu else max(len(x), 1)
 
 
 register(Kernel(name="torch-int8", packing="int8", compute="int8", priority=10, refuse=_refuse, run=_run, known=_known))

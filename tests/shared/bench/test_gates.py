@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,11 +63,11 @@ def test_writing_gates_without_the_counters_says_so(tmp_path: Path, record: Reco
     assert not (tmp_path / "gates.json").exists()
 
 
-@pytest.mark.skipif(
-    "ZIMAGE_GATES" not in os.environ, reason="counts for minutes; `make bench` and ZIMAGE_GATES=1 do it"
-)
 def test_the_programs_counters_are_those_of_the_gates(stand: Stand, record: Record) -> None:
     with torch.no_grad():
         counters(stand)
 
-    assert gates.problems([replace(record, case="C7", versions=versions(), rows=tuple(stand.rows))]) == []
+    counted = replace(record, case="C7", versions=versions(), rows=tuple(stand.rows))
+    assert gates.problems([counted]) == []
+    assert {int(row.values["host_reads"]) for row in counted.rows} == {0}, "the loop waits for the device"
+    assert gates.rows_of(counted).keys() <= json.loads(gates.PATH.read_text(encoding="utf-8"))["rows"].keys()

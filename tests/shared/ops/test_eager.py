@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shared import ops
+from shared.ops.eager import SHORT
 
 B, S, H, E = 2, 5, 3, 8
 D = H * E
@@ -55,10 +56,10 @@ class TestMeaning:
         rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
         split = qkv.clone().view(B, S, 3, H, E)  # qkv is used up
 
-        q, k, v = ops.qk_norm_rope(qkv, q_weight, k_weight, rope, H, EPS, exact=exact)
+        q, k, v = ops.qk_norm_rope(qkv, torch.stack([q_weight, k_weight]), rope, H, EPS, exact=exact)
 
-        assert {x.dtype for x in (q, k, v)} == {dtype}
-        assert torch.equal(v, split[:, :, 2].transpose(1, 2))
+        assert {x.dtype for x in (q, k, v)} == {dtype if exact else torch.float32}
+        assert torch.equal(v.to(dtype), split[:, :, 2].transpose(1, 2))
         for turned, index, weight in ((q, 0, q_weight), (k, 1, k_weight)):
             even, odd = written_out(split[:, :, index], weight).unflatten(-1, (-1, 2)).unbind(-1)
             cos, sin = rope.double().unbind(-1)
@@ -79,17 +80,46 @@ class TestMeaning:
         )
 
 
+def test_long_sequences_are_handed_on_in_their_own_type() -> None:
+    """Above, attention has a faster way in bfloat16."""
+    qkv, weights = torch.randn(1, SHORT, 3 * 8).bfloat16(), torch.ones(2, 8)
+
+    assert {x.dtype for x in ops.qk_norm_rope(qkv, weights, torch.ones(1, SHORT, 1, 4, 2), 1, EPS)} == {torch.bfloat16}
+
+
+def test_rotations_may_be_complex_numbers() -> None:
+    angles, weights, qkv = torch.randn(1, S, 1, E // 2), torch.rand(2, E), torch.randn(B, S, 3 * D)
+    rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+    expected = ops.qk_norm_rope(qkv.clone(), weights, rope, H, EPS)
+    got = ops.qk_norm_rope(qkv.clone(), weights, torch.view_as_complex(rope), H, EPS)
+
+    assert all(map(torch.equal, got, expected))
+
+
+def test_a_float32_stream_is_normed_in_the_type_of_the_linear_that_reads_it() -> None:
+    stream, weight, linear = torch.randn(1, S, D), torch.rand(D), torch.nn.Linear(D, 4, dtype=torch.bfloat16)
+    added = torch.randn(1, S, D).bfloat16()
+
+    longer, normed = ops.gate_residual_norm_into(linear, stream, added, None, weight, weight, None, EPS)
+
+    expected = stream.double() + written_out(added, weight)
+    assert (longer.dtype, normed.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(longer.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(normed.double(), written_out(expected, weight), rtol=1e-2, atol=1e-2)
+
+
 def test_gradients_flow_through_every_operation() -> None:
     x, y, qkv = (torch.randn(1, S, n, requires_grad=True) for n in (D, D, 3 * D))
-    weight, scale, head = (torch.randn(*shape, requires_grad=True) for shape in ((D,), (1, 1, D), (E,)))
+    weight, scale, heads = (torch.randn(*shape, requires_grad=True) for shape in ((D,), (1, 1, D), (2, E)))
     rope = torch.ones(1, S, 1, E // 2, 2)
 
     parts = [
         ops.rms_norm_modulate(x, weight, scale, EPS),
         ops.gate_residual(x, y, scale, weight, EPS),
-        *ops.qk_norm_rope(qkv, head, head, rope, H, EPS),
+        *ops.qk_norm_rope(qkv, heads, rope, H, EPS),
         ops.swiglu(x),
     ]
     sum(part.square().sum() for part in parts).backward()
 
-    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, y, qkv, weight, scale, head))
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for t in (x, y, qkv, weight, scale, heads))

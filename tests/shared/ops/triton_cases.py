@@ -121,14 +121,14 @@ def test_gate_residual_norm_is_both_operations_in_one(dtype: torch.dtype, modula
 def test_qk_norm_rope(dtype: torch.dtype, exact: bool, heads: int, width: int, items: int) -> None:
     batch, length = 2, 7
     qkv = numbers(batch, length, 3 * heads * width, dtype=dtype)
-    q_weight, k_weight = (numbers(width, dtype=dtype, seed=s) for s in (1, 2))
+    weights = numbers(2, width, dtype=dtype, seed=1)
     angles = numbers(items, length + 2, 1, width // 2, dtype=torch.float32, seed=3)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)[:, :length]  # a part of a longer table
-    expected = eager.qk_norm_rope(qkv.clone(), q_weight, k_weight, rope, heads, EPS, exact=exact)
+    expected = eager.qk_norm_rope(qkv.clone(), weights, rope, heads, EPS, exact=exact)
 
-    got = fused.qk_norm_rope(qkv, q_weight, k_weight, rope, heads, EPS, exact=exact)
+    got = fused.qk_norm_rope(qkv, weights, rope, heads, EPS, exact=exact)
 
-    for mine, theirs in zip(got, expected, strict=True):
+    for mine, theirs in zip(got, (wide.to(dtype) for wide in expected), strict=True):
         assert mine.shape == theirs.shape == (batch, heads, length, width)
         # A turned number is the difference of two: its error is that of the larger.
         torch.testing.assert_close(
@@ -138,13 +138,13 @@ def test_qk_norm_rope(dtype: torch.dtype, exact: bool, heads: int, width: int, i
 
 
 def test_a_head_that_is_no_power_of_two_is_left_to_torch() -> None:
-    qkv, weight = numbers(1, 4, 3 * 2 * 24, dtype=torch.float32), numbers(24, dtype=torch.float32, seed=1)
+    qkv, weights = numbers(1, 4, 3 * 2 * 24, dtype=torch.float32), numbers(2, 24, dtype=torch.float32, seed=1)
     angles = numbers(1, 4, 1, 12, dtype=torch.float32, seed=2)
     rope = torch.stack([angles.cos(), angles.sin()], dim=-1)
 
-    got = fused.qk_norm_rope(qkv, weight, weight, rope, 2, EPS)
+    got = fused.qk_norm_rope(qkv, weights, rope, 2, EPS)
 
-    for mine, theirs in zip(got, eager.qk_norm_rope(qkv, weight, weight, rope, 2, EPS), strict=True):
+    for mine, theirs in zip(got, eager.qk_norm_rope(qkv, weights, rope, 2, EPS), strict=True):
         assert torch.equal(mine, theirs)
 
 
