@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shared.app.choices import SAFER_FILE, SaferChoices
 from shared.app.download import FileStore, default_hub_cache
 from shared.app.families import Families, load_families
+from shared.app.memory import give_freed_memory_back
 from shared.app.metadata import write_file
 from shared.app.presets import Preset, PresetCollection, load_presets
 from shared.app.prompt_cache import DEFAULT_LIMIT_MB, PromptCache
@@ -90,6 +91,7 @@ class AppContext:
         those of defaults to the program's folder. families: those already found while the flags were defined.
         Raises UserError for a broken configuration or a broken file in defaults/.
         """
+        give_freed_memory_back()
         root = root or default_root()
         args = args or argparse.Namespace()
         flag = vars(args).get

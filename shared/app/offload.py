@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from shared.app.device import DeviceInfo, ram_bytes
-from shared.app.memory import give_freed_memory_back
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
@@ -192,7 +191,6 @@ def make_offloader(device: DeviceInfo, plan: MemoryPlan | None, profile: float |
     Raises UserError for a number that is not in PROFILES.
     """
     if device.kind != "cuda":
-        give_freed_memory_back()
         return DirectPlacement(device.kind)
     if plan is not None and plan.cap is not None and device.total_memory:
         import torch
