@@ -373,13 +373,14 @@ class _Run:
         decode: Callable[[int], Tensor | None] | None = getattr(model.processor, "decode_again", None)
         while decode is not None and self._stage == "decode":
             found = self._next_relief(plan, "decode")
-            if not found or found[0].tile == self._relief().tile:
+            tile = found[0].tile if found else None
+            if not found or tile is None or tile == self._relief().tile:
                 break
             free_memory(error)
             self._learn("decode", *found)
-            self._tile = found[0].tile
+            self._tile = tile
             try:
-                return decode(self._tile)
+                return decode(tile)
             except (MemoryError, RuntimeError, OSError) as again:
                 if not is_out_of_memory(again):
                     raise
