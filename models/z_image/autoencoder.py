@@ -108,7 +108,8 @@ def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | None = N
 
 
 def quick_decoder(vae: Module) -> Module | None:
-    """A copy of a float32 VAE's decoder that takes half the time: bfloat16, channels last. None where it would not.
+    """A copy of a float32 VAE's decoder that takes less than half the time: bfloat16, channels last, doubling and
+    convolution in one. None where it would not.
 
     Its last norm and convolution stay in float32: they write the colours, and rounded ones show as bands in a smooth
     sky. The difference is 0.2 to 0.6 of 255 levels on average. For CPUs that multiply bfloat16; a GPU decodes in
@@ -122,7 +123,43 @@ def quick_decoder(vae: Module) -> Module | None:
     quick.conv_norm_out = copy.deepcopy(vae.decoder.conv_norm_out)
     quick.conv_norm_out.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].float(),))
     quick.conv_out = vae.decoder.conv_out
+    for block, exact in zip(quick.up_blocks, vae.decoder.up_blocks, strict=True):
+        if block.upsamplers is not None:
+            block.upsamplers[0] = _Doubling(block.upsamplers[0].conv, exact.upsamplers[0].conv.weight)
     return quick
+
+
+class _Doubling(nn.Module):
+    """diffusers' Upsample2D, every pixel made four and a 3x3 convolution over these, with 16 products instead of 36.
+
+    Of nine pixels that the convolution sees at most four are different: each of the four places in a doubled pixel has
+    a 2x2 convolution of the pixels themselves, whose weights are sums of the 3x3 ones. For rows, w being the three:
+
+        upper place:  w[0] on the row above, w[1] + w[2] on its own
+        lower place:  w[0] + w[1] on its own, w[2] on the row below
+    """
+
+    def __init__(self, conv: Module, weight: Tensor) -> None:
+        """conv: the convolution over doubled pixels, kept for tiles. weight: its weight (O, I, 3, 3) unrounded."""
+        super().__init__()
+        self.conv = conv
+        sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=weight.dtype, device="cpu")
+        phases = torch.einsum("apy,bqx,oiyx->aboipq", sums, sums, weight).flatten(0, 2)
+        kept = phases.to(conv.weight.dtype, memory_format=torch.channels_last)
+        self.weight = nn.Parameter(kept, requires_grad=False)
+        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        channels = self.conv.out_channels
+        places = F.conv2d(x, self.weight, self.bias, padding=1)
+        out = torch.empty(
+            (batch, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+        for place, some in enumerate(places.split(channels, dim=1)):
+            row, column = divmod(place, 2)
+            out[:, :, row::2, column::2] = some[:, :, row : row + height, column : column + width]
+        return out
 
 
 def _before_decoder(vae: Module, z: Tensor) -> Tensor:

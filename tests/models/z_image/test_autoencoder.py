@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
@@ -60,6 +61,16 @@ def test_the_quick_decoder_differs_by_less_than_two_levels_of_255(
     assert {quick.conv_in.weight.dtype, quick.conv_out.weight.dtype} == {torch.bfloat16, torch.float32}
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
     assert 0 < (picture - autoencoder.decode(vae, latents)).abs().mean() * 127.5 < 2
+
+
+def test_doubling_and_convolving_in_one_is_the_same_sum() -> None:
+    upsampler = Upsample2D(5, use_conv=True, out_channels=5)
+    x = torch.randn(2, 5, 3, 4)
+
+    with torch.no_grad():
+        found, expected = autoencoder._Doubling(upsampler.conv, upsampler.conv.weight)(x), upsampler(x)
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_there_is_no_quick_decoder_where_bfloat16_is_not_multiplied_or_not_asked_for(
