@@ -169,8 +169,8 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
     """Write the formats, draw with each, measure, and leave report.json, sheet.png and the pictures in the output.
 
     say: what is going on, in words. draw: how a model's pictures are made. A format that cannot be written or drawn
-    with gets a row that says why, unless it is the reference or was named. Raises UserError before anything is drawn
-    where it can.
+    with gets a row that says why, and the rest goes on; without the reference nothing does. Raises UserError before
+    anything is drawn where it can.
     """
     from PIL import Image
 
@@ -204,7 +204,7 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
         try:
             found = outcome()
         except UserError as error:
-            if reference is None or name in request.formats:
+            if reference is None:
                 raise
             rows.append(Row(name=name, file=str(path), bytes=_size(path), problem=str(error)))
             continue
@@ -344,8 +344,6 @@ def _contenders(
         try:
             yield name, _written(ctx, reference, request.output / "weights", name, say)
         except UserError as error:
-            if name in request.formats:
-                raise
             yield name, error
 
 

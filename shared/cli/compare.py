@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(ctx: AppContext, args: argparse.Namespace) -> int:
-    """Compare formats; returns the exit code."""
+    """Compare formats; returns the exit code, 1 when a format that was named could not be compared."""
     from rich.console import Console
     from rich.status import Status
 
@@ -85,7 +85,8 @@ def compare(ctx: AppContext, args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr), status if console.is_terminal else contextlib.nullcontext():
         result = run(ctx, request, status.update)
     print(json.dumps(result.as_dict()) if args.json else table(result), flush=True)
-    return 0
+    # Whoever asks for all formats asks for those that there are.
+    return int(any(row.problem and row.name in formats for row in result.rows))
 
 
 def table(result: Comparison) -> str:

@@ -22,6 +22,7 @@ from shared.app.context import AppContext, default_root
 from shared.app.drawing import DrawJob, Drawn, Spent, draw
 from shared.app.families import load_families
 from shared.app.presets import LoraChoice
+from shared.app.quantize import QuantizeRequest
 from shared.quant.errors import UserError
 from tests.support.fake_family import FakeHandler, fake_context, write_preset, write_weights
 
@@ -133,6 +134,24 @@ def test_a_file_that_cannot_be_drawn_with_gets_a_row_that_says_why(fake_ctx: App
     assert [row.name for row in rows] == ["fp32", "broken", "good"]
     assert "broken.safetensors: broken." in rows[1].problem
     assert not rows[2].problem
+
+
+def test_a_named_format_that_cannot_be_written_gets_a_row_and_the_rest_goes_on(
+    fake_ctx: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(ctx: AppContext, request: QuantizeRequest, on_progress: object) -> None:
+        if request.recipe == "int8":
+            raise UserError("int8 does not fit.")
+        request.output.parent.mkdir(exist_ok=True)
+        write_weights(request.output)
+
+    monkeypatch.setattr("shared.app.compare.quantize", convert)
+
+    rows = run(fake_ctx, formats=("int8", "svdq_int4_r32")).rows
+
+    assert [(row.name, row.problem) for row in rows] == [
+        ("fp32", ""), ("int8", "int8 does not fit."), ("svdq_int4_r32", "")
+    ]  # fmt: skip
 
 
 def test_models_are_drawn_with_so_many_at_a_time_and_keep_their_order(fake_ctx: AppContext) -> None:

@@ -47,6 +47,20 @@ def test_a_format_without_figures_says_why_below_the_table() -> None:
     assert "svdq_int4_r32: rows in multiples of 128 are needed." in text.splitlines()
 
 
+@pytest.mark.parametrize(("formats", "code"), [("svdq_int4_r32", 1), ("all", 0)])
+def test_a_format_that_was_named_and_failed_is_an_exit_code(
+    formats: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = Row(name="svdq_int4_r32", file="", bytes=0, problem="no.")
+    monkeypatch.setattr("shared.app.compare.compare", lambda *_: result([REFERENCE, broken]))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--verbose", type=int, default=0)
+    add_arguments(parser)
+
+    assert compare(None, parser.parse_args(["--output", "o", "--formats", formats])) == code  # type: ignore[arg-type]
+    assert "svdq_int4_r32: no." in capsys.readouterr().out
+
+
 def test_an_expectation_that_does_not_hold_stands_out_below_the_table() -> None:
     order = [Finding("8 bits are good", True, "int8 0.01"), Finding("4 bits are fair", False, "q4_0 0.5")]
 
