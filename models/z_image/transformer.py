@@ -143,7 +143,8 @@ class ZImageTransformer(nn.Module):
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
         x_BND = pad_tokens(x_BND, image_rope.shape[1], self.x_pad_token)
-        if x_BND.is_cpu and control is None and not moment.table.exact and not torch.is_grad_enabled():
+        is_rounded_freely = not (moment.table.exact or torch.is_grad_enabled())
+        if is_rounded_freely and control is None and x_BND.is_cpu and x_BND.dtype == torch.bfloat16:
             # Norms compute in float32 anyway: a stream of it saves a copy before each and one behind it.
             x_BND = x_BND.float()
         image_rope = as_read(image_rope)
