@@ -57,7 +57,8 @@ def _adherence(reference: Row, rows: Sequence[Row], named: str, most: float, pic
         return
     lost, worst = max(scored, key=lambda pair: pair[0])
     words = f"the worst, {worst.name}, {_points(lost, reference.name, pictures)}"
-    yield Finding(f"{named} keep the prompt within {100 * most:.0f} points", lost <= most + 1e-9, words)
+    points = "1 point" if most == 0.01 else f"{100 * most:.0f} points"
+    yield Finding(f"{named} keep the prompt within {points}", lost <= most + 1e-9, words)
 
 
 def _lora(rows: Sequence[Row], named: str, least: float) -> Iterator[Finding]:
