@@ -38,8 +38,9 @@ def test_outlines_without_a_name_are_followed_in_the_asked_colours(demo: model_f
         edges = to_pixels([edges_of(drawing, 256, 256, rng)])[0]
         prompt = f"a {drawing.shapes[0].colour} shape in front of a {drawing.ground} background"
 
+        size = {"width": 256, "height": 256}
         pictures = demo.generate(
-            input_prompt=prompt, seed=i, width=256, height=256, sampling_steps=8, input_frames=edges, context_scale=[1.0]
+            input_prompt=prompt, seed=i, sampling_steps=8, input_frames=edges, context_scale=[1.0], **size
         )
 
         assert pictures is not None

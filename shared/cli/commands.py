@@ -15,10 +15,10 @@ from shared.cli.parser import overrides_of
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
+    from shared.app.events import Event, GenerationResult, ImageDone
     from shared.app.families import Families
     from shared.app.plan import GenerationPlan, PlannedFile
     from shared.app.presets import Preset
-    from shared.app.session import Event, GenerationResult, ImageDone
 
 DONE, BROKEN, INTERRUPTED = 0, 1, 130
 
@@ -49,7 +49,7 @@ def generate(ctx: AppContext, args: argparse.Namespace) -> int:
         _print_json(plan.as_dict() | {"output": output}) if args.json else print(plan_text(plan, output, count))
         return DONE
 
-    from shared.app.session import ImageDone
+    from shared.app.events import ImageDone
     from shared.cli.progress import ProgressLine
 
     images: list[ImageDone] = []

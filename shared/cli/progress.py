@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from shared.app.session import Downloading, Event, ImageDone, Status, StepDone
+from shared.app.events import Downloading, Event, ImageDone, Status, StepDone
 
 
 class ProgressLine:

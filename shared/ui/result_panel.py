@@ -9,8 +9,8 @@ from html import escape
 import gradio as gr
 
 from shared.app.download import DownloadProgress
+from shared.app.events import ImageDone, StepDone
 from shared.app.loras import match_words
-from shared.app.session import ImageDone, StepDone
 from shared.quant.errors import UserError
 
 

@@ -14,10 +14,10 @@ import gradio as gr
 
 from shared.app.annotators import missing_megabytes
 from shared.app.context import DEFAULT_PRESET
+from shared.app.events import Downloading, Event, GenerationResult, ImageDone, StepDone
 from shared.app.metadata import read_record
 from shared.app.plan import beside_transformer, find_files, wanted_files
 from shared.app.presets import Preset
-from shared.app.session import Downloading, Event, GenerationResult, ImageDone, StepDone
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError
 from shared.ui import result_panel

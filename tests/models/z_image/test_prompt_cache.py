@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 import models
 from models.z_image import z_image_main
 from shared.app.context import AppContext
+from shared.app.events import Event, Status, StepDone
 from shared.app.families import load_families
-from shared.app.session import Event, Status, StepDone
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
 

@@ -135,8 +135,8 @@ def test_a_picture_of_the_demo_says_that_it_is_lossy_and_counts_true(tmp_path: P
     import argparse
 
     from shared.app.context import AppContext
+    from shared.app.events import Event, Status
     from shared.app.families import load_families
-    from shared.app.session import Event, Status
     from shared.app.settings import GenerationSettings
 
     program = Path(__file__).parents[3]

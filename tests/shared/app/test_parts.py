@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shared.app.context import AppContext
+from shared.app.events import Status
 from shared.app.plan import Choice, find_machine
-from shared.app.session import Status
 from shared.app.settings import GenerationSettings
 from tests.support.fake_family import FakeHandler, fake_context, write_preset, write_weights
 
@@ -63,7 +63,7 @@ def test_a_part_in_another_number_type_is_loaded_anew(
     ctx.session.generate("one", order(ctx))
     usual = find_machine(ctx.presets.get("one"), "cpu")
     other = "bfloat16" if usual.dtype.value == "float32" else "float32"
-    monkeypatch.setattr("shared.app.session.find_machine", lambda *_: replace(usual, dtype=Choice(other, "a test")))
+    monkeypatch.setattr("shared.app.run.find_machine", lambda *_: replace(usual, dtype=Choice(other, "a test")))
 
     ctx.session.generate("one", order(ctx))
 

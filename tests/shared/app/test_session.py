@@ -16,9 +16,10 @@ from PIL import Image
 
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
+from shared.app.events import Event, GenerationResult, ImageDone, Status, StepDone
 from shared.app.metadata import read_record
 from shared.app.plan import Choice, Machine
-from shared.app.session import Event, GenerationResult, ImageDone, Status, StepDone, to_image
+from shared.app.run import to_image
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import NumbersError, RunError, UserError
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset, write_weights
@@ -484,8 +485,9 @@ def narrow(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
         device = DeviceInfo("cpu", "Narrow", None, 2**33, "pretended")
         return Machine(device, Choice("float16", "it multiplies nothing wider fast"))
 
-    monkeypatch.setattr("shared.app.session.find_machine", machine)
-    monkeypatch.setattr("shared.app.session.find_machine_quickly", machine)
+    monkeypatch.setattr("shared.app.run.find_machine", machine)
+    for module in ("run", "session"):
+        monkeypatch.setattr(f"shared.app.{module}.find_machine_quickly", machine)
 
 
 def dtypes_of(handler: FakeHandler) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from shared.app.context import AppContext
+from shared.app.events import Status, StepDone
 from shared.app.metadata import read_record
-from shared.app.session import Status, StepDone
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
 from tests.support.fake_family import FakeHandler, fake_context, write_preset

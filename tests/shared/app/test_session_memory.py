@@ -15,10 +15,10 @@ from torch import nn
 
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
+from shared.app.events import Event, Status
 from shared.app.memory_plan import MemoryPlan
 from shared.app.metadata import read_record
 from shared.app.plan import Choice, Machine
-from shared.app.session import Event, Status
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError, is_out_of_memory
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
@@ -88,8 +88,9 @@ def ctx(tmp_path: Path, handler: FakeHandler) -> AppContext:
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[MemoryPlan]:
     """The machine has a GPU; returns the plans that are carried out, in order."""
     machine = Machine(DeviceInfo("cuda", "Card", 89, 24 << 30, "a test's card"), Choice("bfloat16", "native"))
-    monkeypatch.setattr("shared.app.session.find_machine", lambda *_: machine)
-    monkeypatch.setattr("shared.app.session.find_machine_quickly", lambda *_: machine)
+    monkeypatch.setattr("shared.app.run.find_machine", lambda *_: machine)
+    for module in ("run", "session"):
+        monkeypatch.setattr(f"shared.app.{module}.find_machine_quickly", lambda *_: machine)
     made: list[MemoryPlan] = []
 
     def make_offloader(device: DeviceInfo, plan: MemoryPlan, profile: float | None = None) -> RecordedOffload:

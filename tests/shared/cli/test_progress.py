@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.app.download import DownloadProgress
-from shared.app.session import Downloading, ImageDone, Status, StepDone
+from shared.app.events import Downloading, ImageDone, Status, StepDone
 from shared.cli.progress import ProgressLine, download_remark, duration, file_size, step_words
 
 

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from shared.app.download import Located
+from shared.app.events import ImageDone, Status, StepDone
 from shared.app.metadata import save_image
 from shared.app.presets import Preset
 from shared.app.schema import SETTING_KEYS
-from shared.app.session import ImageDone, Status, StepDone
 from shared.quant.errors import UserError
 
 GATE_SECONDS = 20  # a test that forgets to open the gate fails instead of hanging

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.app.download import DownloadProgress
-from shared.app.session import ImageDone, StepDone
+from shared.app.events import ImageDone, StepDone
 from shared.quant.errors import UserError
 from shared.ui import result_panel
 
