@@ -13,6 +13,7 @@ import torch
 
 from models.z_image.config import TransformerConfig
 from models.z_image.transformer import ZImageTransformer
+from models.z_image.variants import PUBLISHED_SHAPES
 from shared.app.families import load_families
 from shared.app.presets import choose_files, load_presets
 from shared.app.schema import MODEL_KEYS, SETTING_KEYS
@@ -422,6 +423,52 @@ def test_sizes_in_descriptions_follow_from_the_shapes(collection, preset_id):
     counted = (total(transformer_shapes(), TRANSFORMERS[preset_id]), total(encoder_shapes(), encoder), 83_819_683 * 2)
 
     assert re.findall(r"[\d.]+ GB", preset.description) == [f"{count / 1e9:.1f} GB" for count in counted]
+
+
+@pytest.mark.parametrize("preset_id", [*BIG, *CONTROL])
+def test_every_preset_with_a_download_says_what_its_files_weigh(collection, preset_id):
+    preset = collection.get(preset_id)
+    plan = choose_files(preset)
+    wants = {want.role: want for want in plan.wants if want.role != "companion"}
+
+    assert [role for role, want in wants.items() if not want.published] == []
+    stated = {role: want.published / 1e9 for role, want in wants.items()}
+    words = re.findall(r"([\d.]+) GB", preset.description)
+    told = {"module": words[0]} if preset_id in CONTROL else dict(zip(wants, words, strict=True))
+    for role, gigabytes in told.items():
+        assert stated[role] == pytest.approx(float(gigabytes), abs=0.051)
+    origin = preset_id if preset_id in BIG else preset.model_def["URLs"]
+    encoder = ENCODERS[file_name(plan.text_encoder)]
+    assert stated["transformer"] == pytest.approx(total(transformer_shapes(), TRANSFORMERS[origin]) / 1e9, rel=0.005)
+    assert stated["text_encoder"] == pytest.approx(total(encoder_shapes(), encoder) / 1e9, rel=0.005)
+    assert stated["vae"] == pytest.approx(83_819_683 * 2 / 1e9, abs=0.005)
+
+
+@pytest.mark.parametrize("preset_id", ["z_image", "z_image_base", "z_image_twinflow_turbo"])
+def test_the_int8_alternative_has_its_own_size(collection, preset_id):
+    wants = {want.role: want for want in choose_files(collection.get(preset_id), "int8").wants}
+
+    assert "int8" in file_name(wants["transformer"].url) and wants["transformer"].published == 6_890_000_000
+    assert "int8" in file_name(wants["text_encoder"].url) and wants["text_encoder"].published == 4_410_000_000
+
+
+def test_the_familys_published_shapes_are_those_of_its_models():
+    inside = {key: shape for key, shape in transformer_shapes().items() if re.fullmatch(BLOCKS, key)}
+    outside = [
+        shape for key, shape in transformer_shapes().items() if not re.match(r"\w+\.\d+\.(att|ffn|fee|ada)", key)
+    ]
+    drawn, read = PUBLISHED_SHAPES["transformer"], PUBLISHED_SHAPES["text_encoder"]
+
+    assert drawn["numbers"] == sum(map(prod, transformer_shapes().values()))
+    assert drawn["outside"] == sum(map(prod, outside))
+    assert drawn["products"] == sum(prod(shape) for key, shape in inside.items() if "adaLN" not in key)
+    kept = [shape for key, shape in transformer_shapes().items() if not key.startswith("layers.")]
+    assert drawn["unpacked"] == sum(map(prod, kept))
+    matrices = {key: shape for key, shape in encoder_shapes().items() if key.startswith("layers.") and len(shape) == 2}
+    assert read["numbers"] == sum(map(prod, encoder_shapes().values()))
+    assert read["outside"] == prod(encoder_shapes()["embed_tokens.weight"]) + 2560
+    assert read["products"] == sum(map(prod, matrices.values()))
+    assert PUBLISHED_SHAPES["vae"]["numbers"] == 83_819_683
 
 
 def test_the_arithmetic_meets_the_published_files():

@@ -1,7 +1,8 @@
 """What tells the Z-Image architectures apart: one row each, read by the handler.
 
 Values are those of Wan2GP's own Z-Image handler (12.60, commit 8681e9f7), so that either program can take the
-other's presets and settings. Sizes are not here: they are read from the checkpoint.
+other's presets and settings. What is built has its checkpoint's sizes; those here are for plans made before
+the files are on the machine.
 """
 
 from __future__ import annotations
@@ -21,6 +22,32 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "con
 VAE_FILE = "ZImageTurbo_VAE_bf16.safetensors"
 VAE_CONFIG_FILE = "ZImageTurbo_VAE_bf16_config.json"
 SCHEDULER_CONFIG_FILE = "ZImageTurbo_scheduler_config.json"
+
+# The published modules in numbers, for plans made before their files are here: the 6B transformer (30 layers, 2 + 2
+# refiners), Qwen3-4B, Flux's VAE. The keys are the fields of the host's ModuleShapes.
+PUBLISHED_SHAPES: Mapping[str, Mapping[str, int]] = {
+    "transformer": {
+        "numbers": 6_154_908_736,
+        "outside": 11_852_352,
+        "unpacked": 727_598_656,  # all but the 30 layers, in most packed files
+        "blocks": 34,
+        "width": 3840,
+        "hidden": 10240,
+        "products": 34 * (4 * 3840 * 3840 + 3 * 3840 * 10240),
+        "largest": 3 * 3840 * 3840,
+    },
+    "text_encoder": {
+        "numbers": 4_022_468_096,
+        "outside": 388_958_720,
+        "unpacked": 388_958_720,  # the table of words
+        "blocks": 36,
+        "width": 2560,
+        "hidden": 9728,
+        "products": 36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728),
+        "largest": 2560 * 9728,
+    },
+    "vae": {"numbers": 83_819_683, "channels": 256},
+}
 
 _TURBO_DEFAULTS: Mapping[str, Any] = {
     "guidance_scale": 0,

@@ -107,6 +107,11 @@ class family_handler:
         return [{"repoId": variants.REPOSITORY, "sourceFolderList": folders, "fileList": files}]
 
     @staticmethod
+    def query_published_shapes(base_model_type: str) -> dict[str, dict[str, int]]:
+        """Shapes of the published modules by name, for our own host's plans; Wan2GP does not ask for them."""
+        return {name: dict(shapes) for name, shapes in variants.PUBLISHED_SHAPES.items()}
+
+    @staticmethod
     def load_model(
         model_filename: str | Sequence[str],
         model_type: str | None = None,

@@ -6,6 +6,7 @@ Every choice carries its reason. Planning needs no torch where the machine has n
 from __future__ import annotations
 
 import difflib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 from shared.app.annotators import annotator_of, folder_of
 from shared.app.device import DeviceInfo, choose_attention, choose_dtype, detect, ram_bytes
 from shared.app.loras import Strength
-from shared.app.memory import MemoryEstimate, estimate_memory, free_ram_bytes, free_vram_bytes
+from shared.app.memory import (
+    MIB,
+    STAGES,
+    MemoryEstimate,
+    ModuleShapes,
+    PublishedModule,
+    estimate_memory,
+    free_ram_bytes,
+    free_vram_bytes,
+)
 from shared.app.memory_plan import MemoryPlan, Relief, parse_size, plan_memory, unknown_sizes
-from shared.app.presets import QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
+from shared.app.presets import GB, QUANTIZATIONS, FilePlan, LoraChoice, Preset, attention_rule, choose_files
 from shared.preprocess import FILES
 from shared.quant.checkpoint import SUFFIXES
 from shared.quant.error_lora import find_beside
@@ -31,6 +41,7 @@ if TYPE_CHECKING:
 LORA_DOWNLOADS = "loras"  # folder below the first checkpoint root for LoRA files named by URL
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+BY_PUBLISHED_SIZES = "From the published sizes, exact once the files are here:"
 _PRESET_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 VAE_DTYPE = "float32"  # half precision shows as banding in smooth skies, and float16 overflows in some VAEs
 
@@ -51,7 +62,7 @@ class Choice:
 class PlannedFile:
     """One file of the plan. role: as in FileWant, or "lora". path, bytes: None while it is not on this machine.
 
-    note: how sure it is that the path is the file, "" where there is no doubt.
+    note: how sure it is that the path is the file, "" where there is no doubt. published: as in FileWant.
     """
 
     role: str
@@ -59,6 +70,7 @@ class PlannedFile:
     subfolder: str = ""
     path: Path | None = None
     note: str = ""
+    published: int | None = None
 
     @property
     def is_remote(self) -> bool:
@@ -68,6 +80,52 @@ class PlannedFile:
     @property
     def bytes(self) -> int | None:
         return self.path.stat().st_size if self.path is not None and self.path.is_file() else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """What is to be fetched before a plan can be followed.
+
+    nbytes: of the files whose size is published. small: how many tokenizer and configuration files are not counted.
+    unknown: addresses of others that are not. folder: where it goes. free: bytes there, None where not known.
+    """
+
+    files: int
+    nbytes: int
+    small: int
+    unknown: tuple[str, ...]
+    folder: Path
+    free: int | None
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether it is known not to fit the disk."""
+        return self.free is not None and self.nbytes > self.free
+
+    @property
+    def words(self) -> str:
+        """In one line, for people: how much, what is not counted, and whether the disk is too small."""
+        count = "1 file" if self.files == 1 else f"{self.files} files"
+        if not self.nbytes:
+            return f"{count} of unknown size"
+        uncounted = [f"{self.small} small"] if self.small else []
+        uncounted += [f"{len(self.unknown)} of unknown size"] if self.unknown else []
+        amount = f"{_gb(self.nbytes)} in {count}"
+        amount += f", of them {' and '.join(uncounted)} not counted" if uncounted else ""
+        if self.free is None or not self.is_too_large:
+            return amount
+        return f"{amount}. Only {_gb(self.free)} are free at {self.folder}: {_gb(self.nbytes - self.free)} too few"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            "files": self.files,
+            "bytes": self.nbytes,
+            "unknown": list(self.unknown),
+            "folder": str(self.folder),
+            "free": self.free,
+            "fits": not self.is_too_large,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +138,10 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationPlan:
-    """Everything decided for one generation. memory and placement are None while a weights file is missing."""
+    """Everything decided for one generation. download: None when every file is here. ram: bytes of this machine's.
+
+    memory and placement are None while a weights file is missing whose size is not published.
+    """
 
     preset: Preset
     settings: GenerationSettings
@@ -93,6 +154,8 @@ class GenerationPlan:
     offload: Choice
     memory: MemoryEstimate | None
     placement: MemoryPlan | None
+    download: Download | None = None
+    ram: int
 
     @property
     def missing(self) -> tuple[PlannedFile, ...]:
@@ -103,6 +166,39 @@ class GenerationPlan:
     def to_download(self) -> tuple[PlannedFile, ...]:
         """The missing files that can be downloaded."""
         return tuple(file for file in self.missing if file.is_remote)
+
+    @property
+    def memory_words(self) -> str:
+        """What the pictures will take and where, in one line; "" where that is not known."""
+        if self.memory is None or self.placement is None:
+            return ""
+        words = f"{BY_PUBLISHED_SIZES} {self.placement.words}" if self.memory.published else self.placement.words
+        return words if self.fits else f"{words} {self.fit_words}"
+
+    @property
+    def short_mb(self) -> tuple[float, float]:
+        """MiB by which the estimate exceeds (the RAM of this machine, what may be used on the GPU), 0 where it fits."""
+        placed = self.placement
+        if placed is None:
+            return 0.0, 0.0
+        of_gpu = placed.vram_mb - placed.gpu_bytes / MIB if placed.vram_mb else 0.0
+        return max(0.0, placed.ram_mb - self.ram / MIB), max(0.0, of_gpu)
+
+    @property
+    def fits(self) -> bool:
+        """Whether this machine has what the estimate asks for; also True where there is no estimate."""
+        return not any(self.short_mb)
+
+    @property
+    def fit_words(self) -> str:
+        """Whether it fits this machine, in one sentence, for people."""
+        of_ram, of_gpu = self.short_mb
+        have = f"This machine has {self.ram / MIB:,.0f} MiB of RAM"
+        have += f", {of_ram:,.0f} MiB too few" if of_ram else ""
+        if self.placement is not None and self.placement.vram_mb:
+            have += f", and {self.placement.gpu_bytes / MIB:,.0f} MiB to use on the GPU"
+            have += f", {of_gpu:,.0f} MiB too few" if of_gpu else ""
+        return f"{have}: it fits." if self.fits else f"{have}."
 
     def paths(self, role: str) -> tuple[Path, ...]:
         """The files of a role that are on this machine, in order."""
@@ -115,17 +211,27 @@ class GenerationPlan:
             "preset": self.preset.id,
             "settings": self.settings.as_record(),
             "files": [
-                {"role": f.role, "url": f.url, "path": f.path and str(f.path), "bytes": f.bytes, "note": f.note}
+                {
+                    "role": f.role,
+                    "url": f.url,
+                    "path": f.path and str(f.path),
+                    "bytes": f.bytes,
+                    "published_bytes": f.published,
+                    "note": f.note,
+                }
                 for f in self.files
             ],
             "to_download": [file.url for file in self.to_download],
+            "download": self.download and self.download.as_dict(),
             "missing": [file.url for file in self.missing if not file.is_remote],
             "device": {"value": device.kind, "name": device.name, "reason": device.reason},
             "dtype": _choice_dict(self.machine.dtype),
             "attention": _choice_dict(self.attention),
             "compute": _choice_dict(self.compute),
             "offload": _choice_dict(self.offload),
-            "memory": self.memory and self.placement and self.memory.as_dict() | self.placement.as_dict(),
+            "memory": self.memory
+            and self.placement
+            and {**self.memory.as_dict(), **self.placement.as_dict(), "fits": self.fits},
         }
 
 
@@ -159,11 +265,12 @@ def make_plan(
     if compute.value == "auto" and "compute" in remembered:
         compute = Choice(REFERENCE, remembered["compute"])
     lora_paths = [file.path for _, file in loras if file.path is not None]
-    offload, memory, placement = _weigh(ctx, settings, files, lora_paths, machine, relief)
+    offload, memory, placement = _weigh(ctx, preset, settings, files, lora_paths, machine, relief)
+    every = (*files, *(file for _, file in loras), *_annotator_files(ctx, settings))
     return GenerationPlan(
         preset=preset,
         settings=settings,
-        files=(*files, *(file for _, file in loras), *_annotator_files(ctx, settings)),
+        files=every,
         lora_strengths=tuple(choice.strength() for choice, _ in loras),
         machine=machine,
         attention=attention,
@@ -172,6 +279,8 @@ def make_plan(
         offload=offload,
         memory=memory,
         placement=placement,
+        download=_download(ctx, every),
+        ram=ram_bytes(),
     )
 
 
@@ -186,7 +295,14 @@ def find_files(ctx: AppContext, chosen: FilePlan) -> list[PlannedFile]:
     """The chosen files, each with its place on this machine if it is here."""
     found = [(want, ctx.files.locate(want.url, subfolder=want.subfolder)) for want in chosen.wants]
     return [
-        PlannedFile(role=want.role, url=want.url, subfolder=want.subfolder, path=located.path, note=located.note)
+        PlannedFile(
+            role=want.role,
+            url=want.url,
+            subfolder=want.subfolder,
+            path=located.path,
+            note=located.note,
+            published=want.published,
+        )
         for want, located in found
     ]
 
@@ -280,28 +396,79 @@ def _in_safer_type(machine: Machine, remembered: Mapping[str, str]) -> Machine:
     return machine if wider is None else Machine(machine.device, Choice(wider, remembered["dtype"]))
 
 
+def _download(ctx: AppContext, files: Sequence[PlannedFile]) -> Download | None:
+    """What of these files is to be fetched, None if nothing is."""
+    missing = [file for file in files if file.path is None and file.is_remote]
+    if not missing:
+        return None
+    folder = ctx.files.roots[0]
+    existing = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), None)
+    uncounted = {file.url: file.role for file in missing if file.published is None}
+    return Download(
+        files=len({file.url for file in missing}),
+        nbytes=sum(file.published or 0 for file in missing),
+        small=sum(role == "companion" for role in uncounted.values()),
+        unknown=tuple(url for url, role in uncounted.items() if role != "companion"),
+        folder=folder,
+        free=None if existing is None else shutil.disk_usage(existing).free,
+    )
+
+
+def _gb(size: int) -> str:
+    return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
+
+
+def _published(
+    ctx: AppContext, preset: Preset, files: Mapping[str, Sequence[PlannedFile]]
+) -> dict[str, PublishedModule] | None:
+    """By name, the modules that are not all here, as they are published; None if not all of these are known.
+
+    files: by role. The family's shapes come from its handler's query_published_shapes, which not every family has.
+    """
+    ask = getattr(ctx.presets.families.handler(preset.architecture), "query_published_shapes", None)
+    shapes = ask(preset.architecture) if callable(ask) else {}
+    found: dict[str, PublishedModule] = {}
+    for name in STAGES.values():
+        parts = [*files[name], *(files["module"] if name == "transformer" else ())]
+        if all(part.path is not None for part in parts):
+            continue
+        sizes = [part.published if part.bytes is None else part.bytes for part in parts]
+        known = [size for size in sizes if size is not None]
+        if name not in shapes or len(known) < len(sizes):
+            return None
+        found[name] = PublishedModule(
+            shapes=ModuleShapes(**shapes[name]),
+            nbytes=known[0],
+            further=tuple(known[1:]),
+            # llama.cpp's writer packs a language model's embedding table like the rest
+            packs_table=name == "text_encoder" and parts[0].url.lower().endswith(".gguf"),
+        )
+    return found
+
+
 def _weigh(
     ctx: AppContext,
+    preset: Preset,
     settings: GenerationSettings,
     files: Sequence[PlannedFile],
     loras: Sequence[Path],
     machine: Machine,
     relief: Relief | None,
 ) -> tuple[Choice, MemoryEstimate | None, MemoryPlan | None]:
-    """Where weights will live, and the memory it takes; sizes are known only when every weights file is here."""
-    paths = {
-        role: [f.path for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")
-    }
-    known = {role: [path for path in found if path is not None] for role, found in paths.items()}
+    """Where weights will live, and the memory it takes: by the headers of files that are here, else as published."""
+    parts = {role: [f for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")}
+    known = {role: [part.path for part in found if part.path is not None] for role, found in parts.items()}
     device = machine.device
     offload, profile = requested_offload(ctx), requested_profile(ctx)
     cap = parse_size(getattr(ctx.args, "max_vram", None) or ctx.config.get("max_vram"))
-    if known != paths or not known["text_encoder"] or not known["vae"]:
+    published = _published(ctx, preset, parts) if parts["text_encoder"] and parts["vae"] else None
+    if published is None:
         return Choice(*unknown_sizes(device, offload, profile)), None, None
     estimate = estimate_memory(
         transformer=[*known["transformer"], *known["module"]],
-        text_encoder=known["text_encoder"][0],
-        vae=known["vae"][0],
+        text_encoder=next(iter(known["text_encoder"]), None),
+        vae=next(iter(known["vae"]), None),
+        published=published,
         width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
         height=round(settings.height * settings.edit.hires_scale),
         tile_cells=settings.VAE_tile_size,
@@ -325,7 +492,10 @@ def _weigh(
         profile=profile,
         relief=relief,
     )
-    return Choice(placement.name, f"{placement.reason}. {' '.join(placement.sentences)}"), estimate, placement
+    reason = f"{placement.reason}. {' '.join(placement.sentences)}"
+    if estimate.published:
+        reason = f"by the published sizes: {reason}"
+    return Choice(placement.name, reason), estimate, placement
 
 
 def beside_transformer(files: Sequence[PlannedFile]) -> Path | None:

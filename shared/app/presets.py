@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import operator
 import re
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from shared.app.device import DeviceInfo
     from shared.app.families import Families
 
+GB = 10**9  # bytes, as the Hub counts
 # Which alternative a preference takes, in order; tokens are looked for in the lower-cased file name.
 _PREFERENCE_TOKENS = {"int8": ("int8", "fp8"), "fp8": ("fp8", "int8")}
 # What can be asked for where a preset has alternatives of a file; "bf16" takes the first, the plain one.
@@ -43,6 +45,13 @@ _COMPARE = {
     ">=": operator.ge,
     "=": operator.eq,
     "": operator.eq,
+}
+# Place in "gigabytes" -> the key whose files it speaks of, and their role.
+_SIZED: Mapping[str, tuple[str, str]] = {
+    "transformer": ("URLs", "transformer"),
+    "modules": ("modules", "module"),
+    "text_encoder": ("text_encoder_URLs", "text_encoder"),
+    "VAE": ("VAE_URLs", "vae"),
 }
 _USER_CONFIG = 3  # the user's config is the fourth of the comma-separated positions in the setting "config"
 
@@ -61,16 +70,23 @@ class LoraChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileWant:
-    """A file that must be on this machine: its source, its purpose, its folder below the checkpoint root."""
+    """A file that must be on this machine: its source, its purpose, its folder below the checkpoint root.
+
+    published: bytes of it (of a file with several parts: of this part) by the preset, None where it does not say.
+    """
 
     url: str
     role: str  # "transformer", "module", "text_encoder", "vae", "companion" or "preload"
     subfolder: str = ""
+    published: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePlan:
-    """The files chosen for a preset, as URLs or paths. `vae` is empty if the family finds its own."""
+    """The files chosen for a preset, as URLs or paths. `vae` is empty if the family finds its own.
+
+    published: bytes by role and URL, as the preset states them.
+    """
 
     transformer: str
     modules: tuple[str, ...] = ()
@@ -78,6 +94,7 @@ class FilePlan:
     text_encoder_folder: str = ""  # below the checkpoint root, or "file:..."; the tokenizer lies there too
     vae: str = ""
     extra: tuple[FileWant, ...] = ()
+    published: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     @property
     def wants(self) -> tuple[FileWant, ...]:
@@ -89,7 +106,7 @@ class FilePlan:
             parts.append(FileWant(url=self.text_encoder, role="text_encoder", subfolder=folder))
         if self.vae:
             parts.append(FileWant(url=self.vae, role="vae"))
-        return (*parts, *self.extra)
+        return (*(replace(part, published=self.published.get((part.role, part.url))) for part in parts), *self.extra)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +115,8 @@ class Preset:
 
     urls, text_encoder_urls, vae_urls: alternatives of one file each. modules: alternatives per module.
     model_def: the handler's definition with the JSON's "model" on top. settings: host key -> default value.
-    companions: further files the family needs. configs: name -> this preset with that set of model keys.
+    companions: further files the family needs. published: bytes of weights files by role and URL, as far as they are
+    stated. configs: name -> this preset with that set of model keys.
     files: the JSON files it came from, later ones laid over earlier ones. notes: what in them does nothing.
     """
 
@@ -114,6 +132,7 @@ class Preset:
     preload_urls: tuple[str, ...]
     loras: tuple[LoraChoice, ...]
     companions: tuple[FileWant, ...]
+    published: Mapping[tuple[str, str], int] = field(default_factory=dict)
     model_def: Mapping[str, Any]
     settings: Mapping[str, Any]
     configs: Mapping[str, Preset] = field(default_factory=dict)
@@ -211,6 +230,7 @@ def choose_files(
             *(want for want in companions if want.role != "vae"),
             *(_preload_want(url) for url in preset.preload_urls),
         ),
+        published=preset.published,
     )
 
 
@@ -363,7 +383,7 @@ class _Library:
 
     def _model(self, preset_id: str) -> dict[str, Any]:
         """The JSONs' "model" parts laid over each other."""
-        return {key: value for layer in self.layers[preset_id] for key, value in layer.model.items()}
+        return functools.reduce(_laid_over, (layer.model for layer in self.layers[preset_id]), {})
 
     def _definition(self, preset_id: str) -> dict[str, Any]:
         """The handler's definition with the JSON's "model" on top."""
@@ -405,6 +425,16 @@ class _Library:
             f'The closest is "{closest[0]}".' if closest else "",
         )
 
+    def _stated_sizes(self, definition: Mapping[str, Any], place: str) -> list[float]:
+        """Gigabytes of the files of one place: the preset's own word, else that of the preset whose files it takes."""
+        key = _SIZED[place][0]
+        while True:
+            stated = (definition.get("gigabytes") or {}).get(place)
+            files = definition.get(key)
+            if stated is not None or not isinstance(files, str):
+                return stated if isinstance(stated, list) else [] if stated is None else [stated]
+            definition = self._definition(files)  # no circle: the files themselves were resolved before
+
     def _modules(self, preset_id: str, definition: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
         """Alternatives of each module. Named modules are not the preset's own: it lends them ("id#name")."""
         modules = self._inherited(preset_id, definition, "modules")
@@ -435,7 +465,7 @@ class _Library:
         preset = self._build_from(preset_id, definition)
         sets = self._inherited(preset_id, definition, "configs") or {}
         configs = {
-            name: self._build_from(preset_id, definition | self._checked_config(preset_id, name, keys))
+            name: self._build_from(preset_id, _laid_over(definition, self._checked_config(preset_id, name, keys)))
             for name, keys in sets.items()
             if not name.startswith("_")
         }
@@ -460,6 +490,21 @@ class _Library:
         if isinstance(vae_urls, str) and vae_urls not in self.layers:
             definition = definition | {"VAE_URLs": [vae_urls]}  # here, unlike elsewhere, a text may be the file itself
         loras = self._inherited(preset_id, definition, "loras")
+        modules = self._modules(preset_id, definition)
+        encoder_urls = tuple(self._inherited(preset_id, definition, "text_encoder_URLs"))
+        vae_urls = tuple(self._inherited(preset_id, definition, "VAE_URLs"))
+        companions = _companion_files(handler, architecture, definition)
+        own_vae = tuple(want.url for want in companions if want.role == "vae")[:1]
+        published = {
+            (_SIZED[place][1], url): round(size * GB)
+            for place, alternatives in {
+                "transformer": urls,
+                "modules": tuple(module[0] for module in modules if module),
+                "text_encoder": encoder_urls,
+                "VAE": vae_urls or own_vae,
+            }.items()
+            for url, size in zip(alternatives, self._stated_sizes(definition, place), strict=False)
+        }
         return Preset(
             id=preset_id,
             name=definition.get("name") or preset_id,
@@ -467,12 +512,13 @@ class _Library:
             family=self.families.family_of(architecture),
             description=definition.get("description") or "",
             urls=urls,
-            modules=self._modules(preset_id, definition),
-            text_encoder_urls=tuple(self._inherited(preset_id, definition, "text_encoder_URLs")),
-            vae_urls=tuple(self._inherited(preset_id, definition, "VAE_URLs")),
+            modules=modules,
+            text_encoder_urls=encoder_urls,
+            vae_urls=vae_urls,
             preload_urls=tuple(self._inherited(preset_id, definition, "preload_URLs")),
             loras=pair_loras(loras, self._inherited(preset_id, definition, "loras_multipliers")),
-            companions=_companion_files(handler, architecture, definition),
+            companions=companions,
+            published=published,
             model_def=definition,
             settings=_default_settings(handler, architecture, definition, layers),
             visible=bool(definition.get("visible", True)),
@@ -485,6 +531,15 @@ def pair_loras(files: Sequence[str], multipliers: Sequence[Any]) -> tuple[LoraCh
     """LoRA files with their strengths in order; missing strengths are 1."""
     padded = [*multipliers, *["1"] * len(files)]
     return tuple(LoraChoice(file, str(multiplier)) for file, multiplier in zip(files, padded, strict=False))
+
+
+def _laid_over(model: Mapping[str, Any], further: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition with further keys on top; sizes do not outlast the files that they were stated of."""
+    merged = {**model, **further}
+    if model.get("gigabytes") and "gigabytes" not in further:
+        stated = model["gigabytes"]
+        merged["gigabytes"] = {place: size for place, size in stated.items() if _SIZED[place][0] not in further}
+    return merged
 
 
 def _read_layer(path: Path, is_users: bool) -> _Layer:

@@ -85,6 +85,20 @@ def _is_multiplier_list(value: Any) -> bool:
     )
 
 
+def _is_weights(value: Any) -> bool:
+    def is_size(item: Any) -> bool:
+        return _is_number(item) and item > 0
+
+    return (
+        isinstance(value, dict)
+        and value.keys() <= {"transformer", "modules", "text_encoder", "VAE"}
+        and all(
+            is_size(item) or (isinstance(item, list) and item != [] and all(map(is_size, item)))
+            for item in value.values()
+        )
+    )
+
+
 def _is_attention_rules(value: Any) -> bool:
     return isinstance(value, dict) and all(
         isinstance(mode, str) and CONDITION.fullmatch(condition) for condition, mode in value.items()
@@ -120,6 +134,9 @@ MODULES = Kind(
 )
 MULTIPLIERS = Kind("a list of numbers or texts, or one text", _is_multiplier_list, str)
 ATTENTION = Kind('an object like {"<89": "sdpa"}: condition on the compute capability -> mode', _is_attention_rules)
+GIGABYTES = Kind(
+    "an object of sizes above 0 (or lists of them) by transformer, modules, text_encoder and VAE", _is_weights
+)
 CONFIGS = Kind("an object of named sets of model keys, or the id of another preset", _is_configs)
 # Only modules of the program's own: a preset from elsewhere must not choose what is imported.
 SCORER = Kind(
@@ -137,6 +154,7 @@ MODEL_KEYS: Mapping[str, Key] = {
     "text_encoder_URLs": Key(LINKS, "text encoder weights instead of the family's"),
     "text_encoder_folder": Key(TEXT, "folder of the text encoder's tokenizer and configuration"),
     "VAE_URLs": Key(LINKS, "VAE weights instead of the family's"),
+    "gigabytes": Key(GIGABYTES, "what its files weigh, for the plan before a download; see below"),
     "preload_URLs": Key(LINKS, "files to download in any case"),
     "loras": Key(LINKS, "LoRA files that always apply, before the user's"),
     "loras_multipliers": Key(MULTIPLIERS, "their strengths, in the same order (1 where missing)"),

@@ -158,17 +158,19 @@ def plan_text(plan: GenerationPlan, output: str, count: int) -> str:
     from shared.cli.progress import file_size
 
     settings = plan.settings
-    size = f"{settings.width}x{settings.height}"
+    resolution = f"{settings.width}x{settings.height}"
     lines = [
-        f"{plan.preset.id}: {count} picture(s) of {size}, {settings.num_inference_steps} steps, "
+        f"{plan.preset.id}: {count} picture(s) of {resolution}, {settings.num_inference_steps} steps, "
         f"seed {settings.seed}, to {output}",
         "",
         "Files",
     ]
     for file in plan.files:
-        where = f"{file.path} ({file_size(file.bytes or 0)})" if file.path else f"{missing_words(file)}: {file.url}"
-        lines.append(f"  {file.role:<13} {where}")
+        size = file.bytes if file.path else file.published
+        where = str(file.path) if file.path else f"{missing_words(file)}: {file.url}"
+        lines.append(f"  {file.role:<13} {where}" + (f" ({file_size(size)})" if size is not None else ""))
         lines += [f"  {'':<13} ({file.note})"] if file.note else []
+    lines += ["", f"To download: {plan.download.words}"] if plan.download else []
     device = plan.machine.device
     choices = {
         "device": f"{device.kind}, {device.name} ({device.reason})",
@@ -186,13 +188,15 @@ def memory_lines(plan: GenerationPlan) -> list[str]:
     """What the pictures will take and where, stage by stage."""
     placed = plan.placement
     if placed is None:
-        return ["Memory: known when all weights are on this machine"]
+        return ["Memory: known when all weights are on this machine, or when the preset says what they weigh"]
     vram = f", {placed.vram_mb:,.0f} MiB on the GPU" if placed.vram_mb else ""
     stages = ", ".join(f"{stage} {peak:,.0f}" for stage, peak in placed.peaks_mb.items())
     where = "on the GPU" if placed.vram_mb else "of RAM"
+    by = " from the published sizes (exact once the files are here)" if plan.memory and plan.memory.published else ""
     return [
-        f"Memory, estimated: {placed.ram_mb:,.0f} MiB of RAM{vram}",
+        f"Memory, estimated{by}: {placed.ram_mb:,.0f} MiB of RAM{vram}",
         f"  by stage    MiB {where}: {stages}",
+        f"  {'machine':<11} {plan.fit_words}",
         *(f"  {'plan' if i == 0 else '':<11} {sentence}" for i, sentence in enumerate(placed.sentences)),
     ]
 

@@ -187,7 +187,9 @@ def form_updates(compose: ComposePanel, settings: SettingsPanel, form: Fields) -
     }
 
 
-def preset_note(description: str, *, memory: str = "", missing_files: int = 0, problems: Sequence[str] = ()) -> str:
+def preset_note(
+    description: str, *, memory: str = "", missing_files: int = 0, download: str = "", problems: Sequence[str] = ()
+) -> str:
     """Markup under the model field: what the preset is, what it takes, what it must fetch, and preset files that cannot
     be used."""
     lines = [f"<p>{escape(description)}</p>"] if description else []
@@ -195,6 +197,8 @@ def preset_note(description: str, *, memory: str = "", missing_files: int = 0, p
         lines.append(f'<p class="memory">{escape(memory)}</p>')
     if missing_files:
         files = "1 file" if missing_files == 1 else f"{missing_files} files"
-        lines.append(f'<p class="fetch">The first picture has to wait for a download of {files}.</p>')
+        lines.append(
+            f'<p class="fetch">The first picture has to wait for a download of {escape(download or files)}.</p>'
+        )
     lines += [f'<p class="problem">{escape(problem)}</p>' for problem in problems]
     return "".join(lines)

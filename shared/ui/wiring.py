@@ -259,8 +259,10 @@ class Page:
         loras = find_loras(self.ctx.lora_folder(preset))
         fields = fields_for(preset, values, loras, has_error_lora=beside_transformer(files) is not None)
         missing = sum(file.path is None for file in files)
-        memory = "" if missing else self._memory(preset, values)
-        note = preset_note(preset.description, memory=memory, missing_files=missing, problems=problems)
+        memory, download = self._plan_words(preset, values)
+        note = preset_note(
+            preset.description, memory=memory, missing_files=missing, download=download, problems=problems
+        )
         return {
             self.compose.preset_note: note,
             **form_updates(self.compose, self.settings, fields),
@@ -268,14 +270,15 @@ class Page:
             **edit_updates(self.edit, preset, values, self.ctx.output_folder),
         }
 
-    def _memory(self, preset: Preset, values: Mapping[str, Any]) -> str:
-        """What a picture of these values takes and where its weights will live, in a line; "" where nobody knows."""
+    def _plan_words(self, preset: Preset, values: Mapping[str, Any]) -> tuple[str, str]:
+        """What a picture of these values takes and where its weights will live, and what is to be downloaded for it, in
+        a line each; "" where nobody knows."""
         try:
-            placement = self.ctx.session.plan(preset, GenerationSettings.build(preset, values)).placement
+            plan = self.ctx.session.plan(preset, GenerationSettings.build(preset, values))
         except UserError as error:  # such as a LoRA that is gone: drawing says so, the line says nothing of memory
             log.info("no memory plan for %s: %s", preset.id, error)
-            return ""
-        return "" if placement is None else placement.words
+            return "", ""
+        return plan.memory_words, plan.download.words if plan.download else ""
 
     def _defaults(self, preset: Preset) -> tuple[Mapping[str, Any], list[str]]:
         """The preset's settings under the user's own, and what of the user's cannot be used."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,89 @@ def test_a_file_that_is_elsewhere_is_to_be_downloaded(ctx: AppContext) -> None:
     made = plan(ctx, "remote")
 
     assert [file.url for file in made.to_download] == [REMOTE]
-    assert made.memory is None  # a file's size counts, and is not known yet
+    assert made.memory is None  # a file's size counts, and the preset does not say it
+    assert made.download is not None and made.download.words == "1 file of unknown size"
+
+
+SHAPES = {"transformer": {"numbers": 10**9, "outside": 10**7, "blocks": 10, "width": 64, "hidden": 256}}
+
+
+@pytest.fixture
+def sized(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> AppContext:
+    """The preset "remote" says what its transformer weighs, and the family knows the shapes of one."""
+    monkeypatch.setattr(FakeHandler, "query_published_shapes", lambda self, architecture: SHAPES, raising=False)
+    write_preset(ctx.root, "remote", URLs=[REMOTE], gigabytes={"transformer": 2.0})
+    ctx.refresh_presets()
+    return ctx
+
+
+def test_a_file_whose_size_is_published_is_weighed_before_it_is_here(sized: AppContext) -> None:
+    made = plan(sized, "remote")
+
+    assert made.memory is not None and made.memory.published == ("transformer",)
+    assert made.memory.weights_mb["transformer"] == pytest.approx(4e9 / 2**20)  # computed in float32
+    assert made.placement is not None and made.placement.ram_mb > 4e9 / 2**20
+    assert made.memory_words.startswith("From the published sizes") and "published sizes" in made.offload.reason
+    told = json.loads(json.dumps(made.as_dict()))
+    assert told["memory"]["source"] == "published sizes"
+    assert told["memory"]["from_published_sizes"] == ["transformer"]
+    assert [file["published_bytes"] for file in told["files"]] == [2 * 10**9, None, None]
+
+
+def test_the_estimate_is_of_the_file_itself_once_that_is_here(sized: AppContext) -> None:
+    write_weights(sized.root / "ckpts" / "remote.safetensors")
+
+    made = plan(fake_context(sized.root, FakeHandler()), "remote")
+
+    assert made.memory is not None and made.memory.published == () and made.download is None
+    assert made.as_dict()["memory"]["source"] == "file headers"
+    assert not made.memory_words.startswith("From")
+
+
+def test_a_size_without_the_familys_shapes_counts_for_the_download_alone(
+    sized: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FakeHandler, "query_published_shapes")
+
+    made = plan(sized, "remote")
+
+    assert made.memory is None and made.memory_words == "" and made.fits
+    assert made.download is not None and made.download.words == "2.0 GB in 1 file"
+
+
+def test_a_download_says_what_it_does_not_count(sized: AppContext) -> None:
+    made = plan(sized, "remote", activated_loras=["https://example.org/lora.safetensors"])
+
+    assert made.download is not None
+    assert made.download.unknown == ("https://example.org/lora.safetensors",)
+    assert made.download.words == "2.0 GB in 2 files, of them 1 of unknown size not counted"
+    assert plan(sized, "one").download is None
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_download(
+    sized: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(sized.root)._replace(free=5 * 10**8)
+    monkeypatch.setattr("shared.app.plan.shutil.disk_usage", lambda folder: usage)
+
+    made = plan(sized, "remote")
+
+    assert made.download is not None and made.download.is_too_large
+    assert f"Only 0.5 GB are free at {sized.files.roots[0]}: 1.5 GB too few" in made.download.words
+    assert made.as_dict()["download"]["fits"] is False
+
+
+def test_a_machine_that_is_too_small_is_told_with_what_it_lacks(
+    sized: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.app.plan.ram_bytes", lambda: 2 * GIB)
+    small = plan(sized, "remote")
+    monkeypatch.setattr("shared.app.plan.ram_bytes", lambda: 64 * GIB)
+    large = plan(sized, "remote")
+
+    assert not small.fits and "2,048 MiB of RAM, " in small.fit_words and "too few" in small.memory_words
+    assert large.fits and large.fit_words == "This machine has 65,536 MiB of RAM: it fits."
+    assert (small.as_dict()["memory"]["fits"], large.as_dict()["memory"]["fits"]) == (False, True)
 
 
 def test_a_programs_own_file_that_is_gone_is_missing_and_not_to_download(ctx: AppContext) -> None:

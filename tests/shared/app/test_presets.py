@@ -387,6 +387,69 @@ def test_a_file_that_is_not_text_is_told(folders):
     assert "not UTF-8 text (byte 11)" in folders.load().problems[0]
 
 
+# ---- sizes of files
+
+
+def published(preset):
+    return {(role, url.rpartition("/")[2]): size for (role, url), size in preset.published.items()}
+
+
+def test_sizes_are_stated_by_place_for_alternatives_in_their_order(folders):
+    sizes = {"transformer": [2, 1.25], "modules": 0.5, "text_encoder": 3, "VAE": 0.1}
+    urls = [HUB + "a_bf16.safetensors", HUB + "a_int8.safetensors"]
+    folders.default("sized", {"URLs": urls, "modules": [[HUB + "m.safetensors"]], "gigabytes": sizes})
+
+    preset = folders.load().get("sized")
+
+    assert published(preset) == {
+        ("transformer", "a_bf16.safetensors"): 2 * 10**9,
+        ("transformer", "a_int8.safetensors"): 1_250_000_000,
+        ("module", "m.safetensors"): 5 * 10**8,
+        ("text_encoder", "qwen3_bf16.safetensors"): 3 * 10**9,
+        ("vae", "ZImageTurbo_VAE_bf16.safetensors"): 10**8,
+    }
+    wants = {want.role: want.published for want in choose_files(preset, "int8").wants}
+    assert (wants["transformer"], wants["text_encoder"], wants["companion"]) == (1_250_000_000, None, None)
+    assert choose_files(preset).wants[0].published == 2 * 10**9
+
+
+def test_a_preset_that_takes_anothers_files_takes_their_sizes(folders):
+    folders.default("owner", {"gigabytes": {"transformer": 2, "text_encoder": 3}})
+    folders.default("middle", {"URLs": "owner"})
+    folders.default("user", {"URLs": "middle", "gigabytes": {"VAE": 0.1}})
+
+    found = published(folders.load().get("user"))
+
+    assert found == {
+        ("transformer", "owner_bf16.safetensors"): 2 * 10**9,
+        ("vae", "ZImageTurbo_VAE_bf16.safetensors"): 10**8,
+    }
+
+
+def test_a_size_does_not_outlast_the_file_it_was_stated_of(folders):
+    folders.default(
+        "z_image", {"gigabytes": {"transformer": 2, "VAE": 0.1}, "configs": {"own": {"VAE_URLs": ["v.sft"]}}}
+    )
+    (folders.finetunes / "z_image.json").write_text(json.dumps({"model": {"URLs": ["mine.safetensors"]}}))
+
+    preset = folders.load().get("z_image")
+
+    assert published(preset) == {("vae", "ZImageTurbo_VAE_bf16.safetensors"): 10**8}
+    assert published(preset.configured("own")) == {}
+
+
+@pytest.mark.parametrize(
+    "wrong", [12.3, {"transformer": "12.3 GB"}, {"transformer": 0}, {"transformer": []}, {"vae": 0.2}, {"VAE": [True]}]
+)
+def test_a_wrong_size_is_told_with_the_file_and_the_key(folders, wrong):
+    path = folders.default("z_image", {"gigabytes": wrong})
+
+    with pytest.raises(UserError, match="gigabytes") as told:
+        folders.load()
+
+    assert str(path) in str(told.value) and "by transformer, modules, text_encoder and VAE" in str(told.value)
+
+
 def test_a_circle_of_references_is_told_as_a_circle(folders):
     folders.default("z_image")
     folders.finetune("a", {"URLs": "b"})

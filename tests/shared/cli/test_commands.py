@@ -106,6 +106,24 @@ def test_a_dry_run_in_words_names_files_choices_and_memory(ctx: AppContext, caps
         assert part in words
 
 
+def test_a_dry_run_names_sizes_and_the_total_of_a_download(
+    ctx: AppContext, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = {"transformer": {"numbers": 10**9, "blocks": 10, "width": 64, "hidden": 256}}
+    monkeypatch.setattr(FakeHandler, "query_published_shapes", lambda self, architecture: shapes, raising=False)
+    url = "https://huggingface.co/owner/repo/resolve/main/sized.safetensors"
+    write_preset(ctx.root, "sized", URLs=[url], gigabytes={"transformer": 2})
+    ctx.refresh_presets()
+
+    run(ctx, "generate", "a fox", "--preset", "sized", "--dry-run")
+
+    words = capsys.readouterr().out
+    assert f"to download: {url} (2.0 GB)" in words
+    assert "To download: 2.0 GB in 1 file" in words
+    assert "Memory, estimated from the published sizes (exact once the files are here)" in words
+    assert "This machine has" in words
+
+
 def test_an_interrupt_ends_with_130_and_tells_what_was_kept(
     ctx: AppContext, handler: FakeHandler, capsys: pytest.CaptureFixture[str]
 ) -> None:

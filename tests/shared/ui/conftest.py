@@ -41,13 +41,15 @@ def make_preset(preset_id: str, name: str, **changes: Any) -> Preset:
 class FakeSession:
     """Yields what a real session does.
 
-    gate: one step per release. failure: raised in `stream`. refusal: raised in `plan`.
+    gate: one step per release. failure: raised in `stream`. refusal: raised in `plan`. download: a
+    plan's.
     """
 
     folder: Path
     gate: threading.Semaphore | None = None
     failure: BaseException | None = None
     refusal: UserError | None = None  # of a plan
+    download: Any = None  # of a plan
     orders: list[tuple[str, Any]] = field(default_factory=list)
     cancels: int = 0
     drawing: int = 0
@@ -57,7 +59,7 @@ class FakeSession:
     def plan(self, preset: Preset, settings: Any) -> SimpleNamespace:
         if self.refusal is not None:
             raise self.refusal
-        return SimpleNamespace(placement=SimpleNamespace(words=f"Takes 2 GiB at {settings.width}."))
+        return SimpleNamespace(memory_words=f"Takes 2 GiB at {settings.width}.", download=self.download)
 
     def stream(self, preset: Preset, settings: Any) -> Generator[Any, None, SimpleNamespace]:
         self.orders.append((preset.id, settings))

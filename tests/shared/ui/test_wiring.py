@@ -122,6 +122,16 @@ def test_what_a_picture_takes_stands_under_the_model(page: Page) -> None:
     assert '<p class="memory">Takes 2 GiB at' in note
 
 
+def test_a_download_is_told_with_its_size_beside_what_a_picture_takes(page: Page, context) -> None:
+    context.files.locate = lambda url, **_: Located(None)
+    context.session.download = SimpleNamespace(words="20.5 GB in 3 files")
+
+    note = page.preset_picked("z_image_demo")[page.compose.preset_note]
+
+    assert '<p class="memory">Takes 2 GiB at' in note
+    assert "wait for a download of 20.5 GB in 3 files." in note
+
+
 def test_a_plan_that_cannot_be_made_leaves_the_line_out(page: Page, context) -> None:
     context.session.refusal = UserError("The LoRA file is gone.")
 
