@@ -34,6 +34,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_INDEX = "https://download.pytorch.org/whl/cu130"
 CUDA_DRIVER = 580  # the first NVIDIA driver that runs CUDA 13, which the pinned torch is built with
 REACH_SECONDS = 3.0
+MOST_WORKERS = 8  # of pytest; each holds up to 2 GB
 
 
 class SetupError(Exception):
@@ -57,8 +58,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if command == "test":
         os.chdir(PROGRAM)
-        return hand_over([str(venv_python()), "-m", "pytest", *arguments[1:]])
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # else every worker's torch takes all cores
+        return hand_over([str(venv_python()), "-m", "pytest", *in_parallel(), *arguments[1:]])
     return hand_over([str(venv_python()), str(PROGRAM / "wgp.py"), *arguments])
+
+
+def in_parallel() -> list[str]:
+    """Arguments that spread the tests, file by file, over the cores; `-n 0` behind them turns that off."""
+    return ["-n", str(min(os.cpu_count() or 1, MOST_WORKERS)), "--dist", "loadfile"]
 
 
 def set_up(requirements: Sequence[str]) -> None:

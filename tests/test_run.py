@@ -383,10 +383,15 @@ def test_everything_but_test_and_setup_goes_to_wgp(started: Callable[..., tuple[
     )
 
 
-def test_test_starts_pytest_with_its_arguments(started: Callable[..., tuple[object, list[str]]]) -> None:
+def test_test_starts_pytest_on_every_core_with_its_arguments(
+    started: Callable[..., tuple[object, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
     assert started("test", "-k", "hub") == (
         run.WITH_TESTS,
-        [str(run.venv_python()), "-m", "pytest", "-k", "hub"],
+        [str(run.venv_python()), "-m", "pytest", "-n", "3", "--dist", "loadfile", "-k", "hub"],
     )
 
 
