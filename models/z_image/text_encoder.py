@@ -222,7 +222,8 @@ def _sizes(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
             "num_key_value_heads": found["layers.0.self_attn.k_proj.weight"][0] // head,
             "head_dim": head,
         }
-        if min(sizes.values()) < 1 or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
+        odd = head % 2  # rotary embedding turns pairs
+        if min(sizes.values()) < 1 or odd or sizes["num_attention_heads"] % sizes["num_key_value_heads"]:
             raise ValueError(f"one of its sizes ({sizes})")
         return sizes
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:

@@ -117,6 +117,7 @@ Q = "diffusion_model.layers.0.attention.to_q"
         ("transformer", "cap_pad_token", torch.ones(1, 32), {"config": '{"a":' * 3000}, "nested too deeply"),
         ("transformer", "layers.0.feed_forward.w2.weight", torch.ones(32, 0), {}, "ffn_dim above 0"),
         ("text_encoder", "model.layers.0.self_attn.q_norm.weight", torch.ones(0), {}, "not a Qwen3 text encoder"),
+        ("text_encoder", "model.layers.0.self_attn.q_norm.weight", torch.ones(7), {}, "not a Qwen3 text encoder"),
         ("text_encoder", "model.layers.0.self_attn.k_proj.weight", torch.ones(1, 16), {}, "not a Qwen3 text encoder"),
         ("lora", f"{Q}.alpha", torch.ones(3), {}, r"alpha .* impossible shape \[3\]"),
         ("lora", f"{Q}.lora_A.weight", torch.ones(32), {}, r"down .* impossible shape \[32\]"),
