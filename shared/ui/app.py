@@ -90,6 +90,7 @@ def serve(ctx: AppContext, host: str, port: int, *, open_browser: bool = False) 
         theme=build_theme(),
         css=CSS,
         head=HEAD,
+        _frontend=False,  # no second look at the address, which a busy machine fails: it has 3 seconds to answer
     )
     return app
 

@@ -141,6 +141,19 @@ def test_launch_says_where_it_serves_in_one_line_and_ends_on_ctrl_c(context, cap
     assert context.session.cancels == 1
 
 
+def test_a_machine_too_busy_to_answer_in_three_seconds_is_served_all_the_same(
+    context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradio.networking.url_ok", lambda _: False)
+
+    app = serve(context, LOOPBACK, free_port())
+
+    try:
+        assert DIRECT.open(app.local_url).status == 200
+    finally:
+        app.close(verbose=False)
+
+
 def test_serving_looks_up_no_name_outside_this_machine(context, monkeypatch) -> None:
     asked: set[str | None] = set()
     look_up = socket.getaddrinfo
