@@ -286,6 +286,8 @@ def _sizes(checkpoint: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[st
         channels = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv2.weight"][0] for i in range(blocks))
         layers = 1 + max(int(n.split(".")[4]) for n in shapes if n.startswith("encoder.down_blocks.0.resnets."))
         latent_channels = shapes["decoder.conv_in.weight"][1]
+        if min(*channels, latent_channels) < 1:
+            raise ValueError("a convolution without channels")
     except (KeyError, ValueError, IndexError) as error:
         raise LayerMismatchError(
             f"{checkpoint.path}: not an AutoencoderKL ({error}).",

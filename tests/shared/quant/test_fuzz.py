@@ -119,6 +119,7 @@ Q = "diffusion_model.layers.0.attention.to_q"
         ("text_encoder", "model.layers.0.self_attn.q_norm.weight", torch.ones(0), {}, "not a Qwen3 text encoder"),
         ("text_encoder", "model.layers.0.self_attn.q_norm.weight", torch.ones(7), {}, "not a Qwen3 text encoder"),
         ("text_encoder", "model.layers.0.self_attn.k_proj.weight", torch.ones(1, 16), {}, "not a Qwen3 text encoder"),
+        ("vae", "encoder.down_blocks.0.resnets.0.conv2.weight", torch.ones(0, 4, 3, 3), {}, "not an AutoencoderKL"),
         ("lora", f"{Q}.alpha", torch.ones(3), {}, r"alpha .* impossible shape \[3\]"),
         ("lora", f"{Q}.lora_A.weight", torch.ones(32), {}, r"down .* impossible shape \[32\]"),
         ("lora", f"{Q}.lora_A.weight", torch.ones(0, 32), {}, r"down .* impossible shape \[0, 32\]"),
