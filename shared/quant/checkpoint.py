@@ -1,6 +1,6 @@
 """A weights file as a list of named tensors: opened by its header alone, without torch, and read tensor by tensor.
 
-GGUF files are told by their first four bytes and read by gguf_file.py; the rest of this page is about safetensors.
+GGUF files are told by their first four bytes and read by gguf_file/; the rest of this page is about safetensors.
 
 A safetensors file is eight bytes N (little-endian), N bytes of JSON, then the tensors' bytes back to back:
 
@@ -39,6 +39,9 @@ DTYPE_BITS = {
 
 # The reference reader's own limit.
 MAX_HEADER_BYTES = 100_000_000
+
+# Bytes from which on a tensor stays mapped even where its numbers begin at no multiple of their size.
+MAPPED_ANYWHERE_FROM = 2**20
 
 MAX_DIMENSIONS = 64  # torch's own
 MAX_NUMBER = 2**63 - 1  # of dimensions and offsets; products of what JSON allows can take minutes, and memory
@@ -142,9 +145,10 @@ def read_mapped(info: TensorInfo) -> Tensor:
 
 
 def _plain(info: TensorInfo) -> Tensor:
-    """A safetensors tensor in its own type and shape; a copy where torch cannot read it as it lies.
+    """A safetensors tensor in its own type and shape, at whatever address it has in memory.
 
-    torch wants a number to begin at a multiple of its size, and mmgp's files do not do that.
+    In mmgp's files numbers begin at odd ones. Small tensors are copied then, so that what is taken from them one by one
+    lies as the language asks for; a copy of the large ones would be gigabytes, and processors read those bytes as fast.
     """
     dtype = _torch_types().get(info.dtype)
     if dtype is None:
@@ -153,7 +157,7 @@ def _plain(info: TensorInfo) -> Tensor:
             "Use another file of the same model.",
         )
     data = read_mapped(info)
-    if info.offset % dtype.itemsize:
+    if info.offset % dtype.itemsize and info.nbytes < MAPPED_ANYWHERE_FROM:
         data = data.clone()
     # Two 4-bit numbers make one element of torch's type.
     shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" else info.shape

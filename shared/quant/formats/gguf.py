@@ -1,4 +1,4 @@
-"""GGUF's packed matrices, told by the number type that the file itself gives them (gguf_file.py, packings/gguf.py).
+"""GGUF's packed matrices, told by the number type that the file itself gives them (gguf_file/, packings/gguf.py).
 
 The types that can be written are those the gguf package packs; K and IQ types are read only.
 """

@@ -1,8 +1,7 @@
-"""GGUF headers that the gguf package wrote, headers that something broke, and files of our own writer."""
+"""GGUF headers that the gguf package wrote, and headers that something broke."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import struct
 import tempfile
@@ -14,32 +13,17 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
-from gguf.quants import dequantize, quantize
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.quant import gguf_file
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
 from tests.support.gguf_blocks import random_blocks
+from tests.support.gguf_packages import package_file
 
 U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
-Tensors = dict[str, tuple[numpy.ndarray, str]]
-
-
-def package_file(path: Path, tensors: Tensors, keys: dict | None = None) -> Path:
-    """A file of the gguf package's own writer. tensors: name -> (array, or packed bytes, and type)."""
-    writer = GGUFWriter(path, "lumina2")
-    for key, value in (keys or {}).items():
-        (writer.add_array if isinstance(value, list) else writer.add_string)(key, value)
-    for name, (array, kind) in tensors.items():
-        writer.add_tensor(name, array, raw_dtype=None if kind in ("F32", "F16") else GGMLQuantizationType[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def text(value: str) -> bytes:
@@ -66,22 +50,6 @@ def raw_file(
     return path
 
 
-@pytest.fixture
-def typical(tmp_path: Path) -> Path:
-    numbers = numpy.random.default_rng(0).normal(size=(6, 64)).astype(numpy.float32)
-    tensors: Tensors = {
-        "a.weight": (quantize(numbers, GGMLQuantizationType.Q8_0), "Q8_0"),
-        "b.weight": (random_blocks("Q4_K", 4, 512), "Q4_K"),
-        "plain": (numbers, "F32"),
-        "half": (numbers.astype(numpy.float16), "F16"),
-        "brain": (quantize(numbers, GGMLQuantizationType.BF16), "BF16"),
-    }
-    return package_file(tmp_path / "typical.gguf", tensors, {"note": "hello", "words": ["a", "bc"] * 40, "n": [3, 4]})
-
-
-# ----------------------------------------------------------------------------------------------------- reading
-
-
 def test_reads_what_the_package_wrote(typical: Path) -> None:
     theirs = {t.name: t for t in GGUFReader(typical).tensors}
 
@@ -106,32 +74,6 @@ def test_reads_what_the_package_wrote(typical: Path) -> None:
     assert checkpoint.metadata == {
         "general.architecture": "lumina2", "note": "hello", "words": "[80 elements]", "n": "[3, 4]",
     }  # fmt: skip
-
-
-def test_tensors_are_mapped_and_writing_to_one_leaves_the_file_alone(typical: Path) -> None:
-    before = typical.read_bytes()
-
-    loaded = Checkpoint.open(typical).load(["plain"])["plain"]
-    loaded.zero_()
-
-    assert typical.read_bytes() == before
-    again = Checkpoint.open(typical).load(["plain"])["plain"]
-    assert again.any()
-    offset = Checkpoint.open(typical).tensors["plain"].offset
-    assert again.data_ptr() % mmap.PAGESIZE == offset % mmap.PAGESIZE, "it lies in memory as in the file"
-
-
-def test_what_is_no_matrix_is_unpacked_when_loaded(tmp_path: Path) -> None:
-    blocks = random_blocks("Q5_0", 1, 384)
-    path = package_file(tmp_path / "m.gguf", {"norm.weight": (blocks[0], "Q5_0"), "x_pad_token": (blocks, "Q5_0")})
-    expected = torch.from_numpy(dequantize(blocks, GGMLQuantizationType.Q5_0))
-
-    checkpoint = Checkpoint.open(path)
-    loaded = checkpoint.load()
-
-    assert {(t.dtype, t.stored) for t in checkpoint.tensors.values()} == {("F32", "Q5_0")}
-    assert torch.equal(loaded["norm.weight"], expected[0])
-    assert torch.equal(loaded["x_pad_token"], expected)
 
 
 def test_pad_tokens_written_as_bytes_are_bf16(tmp_path: Path) -> None:
@@ -312,66 +254,3 @@ def test_whatever_is_broken_ends_in_a_named_error(
         taken = read_everything(bytes(content[:cut]), Path(folder))
 
         assert taken or changes or cut is not None, "an unbroken file is read"
-
-
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def test_the_package_reads_what_we_write(tmp_path: Path) -> None:
-    numbers = torch.randn(6, 64)
-    blocks = torch.from_numpy(quantize(numbers.numpy(), GGMLQuantizationType.Q4_1))
-    state = {"plain": numbers, "half": numbers.half(), "brain": numbers.bfloat16(), "norm.weight": numbers[0]}
-
-    gguf_file.write(
-        tmp_path / "m.gguf",
-        {**state, "w.weight": gguf_file.Source("GGUF_Q4_1", (6, 64), lambda: blocks)},
-        metadata={"general.name": "tiny"},
-    )
-
-    reader = GGUFReader(tmp_path / "m.gguf")
-    theirs = {t.name: t for t in reader.tensors}
-    assert reader.fields["general.architecture"].contents() == "lumina2"
-    assert reader.fields["general.name"].contents() == "tiny"
-    assert {n: t.tensor_type.name for n, t in theirs.items()} == {
-        "plain": "F32", "half": "F16", "brain": "BF16", "norm.weight": "F32", "w.weight": "Q4_1",
-    }  # fmt: skip
-    assert [t.shape.tolist() for t in theirs.values()] == [[64, 6], [64, 6], [64, 6], [64], [64, 6]]
-    assert all(theirs[n].data.tobytes() == t.contiguous().view(torch.uint8).numpy().tobytes() for n, t in state.items())
-    assert theirs["w.weight"].data.tobytes() == blocks.numpy().tobytes()
-    assert torch.equal(Checkpoint.open(tmp_path / "m.gguf").load()["brain"], state["brain"])
-
-
-def test_a_writer_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    gguf_file.write(path, {"a": torch.ones(3)})
-    before = path.read_bytes()
-
-    def fail() -> torch.Tensor:
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        gguf_file.write(path, {"a": torch.zeros(3), "b": gguf_file.Source("F32", (4,), fail)})
-
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    ("tensor", "says"),
-    [
-        pytest.param(torch.ones(3, dtype=torch.int64), "a is torch.int64", id="integers"),
-        pytest.param(torch.tensor(1.0), "1 to 4 dimensions", id="scalar"),
-        pytest.param(gguf_file.Source("GGUF_Q9", (4, 32), lambda: torch.ones(1)), "GGUF_Q9 is no type", id="type"),
-        pytest.param(gguf_file.Source("GGUF_F32", (4, 32), lambda: torch.ones(1)), "GGUF_F32 is no type", id="plain"),
-        pytest.param(gguf_file.Source("GGUF_Q8_0", (4, 33), lambda: torch.ones(1)), "rows of a multiple", id="columns"),
-        pytest.param(gguf_file.Source("F32", (4, 32), lambda: torch.ones(1)), "of 4 bytes came", id="another size"),
-        pytest.param(
-            gguf_file.Source("F16", (4,), lambda: torch.ones(4).bfloat16()), "torch.bfloat16 of 8 bytes came", id="bf16"
-        ),
-    ],
-)
-def test_what_no_gguf_file_holds_is_refused_and_nothing_is_left(tmp_path: Path, tensor: object, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        gguf_file.write(tmp_path / "m.gguf", {"a": tensor})  # type: ignore[dict-item]
-
-    assert not list(tmp_path.iterdir())
