@@ -1,4 +1,4 @@
-"""GGUF files of the tiny Z-Image and its text encoder, written by the gguf package in every spelling that is about."""
+"""GGUF files of the tiny Z-Image and its text encoder, written by the gguf package as others' converters write them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,10 @@ def state(reference_transformer: ZImageTransformer2DModel) -> State:
 
 
 def write_pair(
-    folder: Path, state: Mapping[str, torch.Tensor], choose: Choice, architecture: str | None = "lumina2"
+    folder: Path, state: Mapping[str, torch.Tensor], choose: Choice, architecture: str = "lumina2"
 ) -> tuple[Path, Path]:
     """A GGUF file by the gguf package, and the same numbers, unpacked by it, as float32 safetensors."""
-    writer = GGUFWriter(folder / "m.gguf", architecture or "")
-    if architecture is None:
-        writer.kv_data[0].clear()  # stable-diffusion.cpp writes no keys
+    writer = GGUFWriter(folder / "m.gguf", architecture)
     plain: State = {}
     for i, (name, tensor) in enumerate(state.items()):
         kind = choose(name, tensor.shape)
@@ -77,12 +75,6 @@ def city96(kind: str) -> Choice:
     return choose
 
 
-def stable_diffusion_cpp(name: str, shape: torch.Size) -> str:
-    """Everything that is no bias and no embedder is packed: norms and pad tokens too."""
-    kept = name.endswith(".bias") or any(part in name for part in ("final_layer.", "x_embedder.", "t_embedder."))
-    return "F16" if kept else "Q8_0" if shape[-1] % 32 == 0 else "F32"
-
-
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K", "IQ4_XS"])
 def test_a_converted_file_is_the_network_of_its_unpacked_weights(tmp_path: Path, state: State, kind: str) -> None:
     packed, plain = write_pair(tmp_path, state, city96(kind))
@@ -91,36 +83,6 @@ def test_a_converted_file_is_the_network_of_its_unpacked_weights(tmp_path: Path,
 
     assert f"gguf_{kind.lower()}" in {m.packing.name for m in model.modules() if isinstance(m, PackedLinear)}
     assert_same_network(model, load_transformer(plain, torch.float32), tmp_path)
-
-
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_file_of_stable_diffusion_cpp_loads(tmp_path: Path, state: State, prefix: str) -> None:
-    flat = {prefix + n: t.flatten() if n in PADS else t for n, t in state.items()}
-    packed, plain = write_pair(tmp_path, flat, stable_diffusion_cpp, architecture=None)
-    stored = {n.removeprefix(prefix): t.stored for n, t in Checkpoint.open(packed).tensors.items() if t.stored}
-    assert {"x_pad_token", "layers.0.attention.q_norm.weight"} <= stored.keys()
-
-    model = load_transformer(packed, torch.float32)
-
-    assert model.config == TINY
-    assert_same_network(model, load_transformer(plain, torch.float32), tmp_path)
-
-
-def test_numbered_qkv_tensors_are_q_k_and_v(tmp_path: Path, reference_transformer: ZImageTransformer2DModel) -> None:
-    number = {"q": "", "k": ".1", "v": ".2"}
-    state = {
-        re.sub(r"to_([qkv])\.weight", lambda m: f"qkv.weight{number[m[1]]}", name): tensor.contiguous()
-        for name, tensor in reference_transformer.state_dict().items()
-    }
-    write_pair(tmp_path, state, city96("Q8_0"), architecture=None)
-    (tmp_path / "named").mkdir()
-    diffusers = {n: t.contiguous() for n, t in reference_transformer.state_dict().items()}
-    named, _ = write_pair(tmp_path / "named", diffusers, city96("Q8_0"))
-
-    ours = load_transformer(tmp_path / "m.gguf", torch.float32)
-
-    assert isinstance(ours.layers[0].attention.qkv, PackedLinear)
-    assert torch.equal(forward(ours), forward(load_transformer(named, torch.float32)))
 
 
 def test_pad_tokens_typed_as_bytes_load(tmp_path: Path, state: State) -> None:
