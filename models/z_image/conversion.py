@@ -1,4 +1,4 @@
-"""What the converter (shared/quant/convert.py) has to know of Z-Image: its layers and their names in each file.
+"""What the converter (shared/quant/convert/) has to know of Z-Image: its layers and their names in each file.
 
 Names: the table in keys.py. Recipes are written for the official ones, and hold for the layers of a ControlNet too,
 whose file keeps its own: those of a transformer behind `control_`, split or fused as they were.
@@ -111,7 +111,7 @@ def merge(model: Model, loras: Sequence[tuple[Path, float]]) -> tuple[Model, lis
 
 @dataclass(frozen=True)
 class LoraMerge:
-    """A LoRA file as shared/quant/convert.py wants it: one module's differences at a time."""
+    """A LoRA file as shared/quant/convert/ wants it: one module's differences at a time."""
 
     file: LoraFile
     strength: float

@@ -30,7 +30,7 @@ _LEAST_SIZE = 1e-4
 
 
 class Place(Protocol):
-    """Of a packed matrix, see convert.py."""
+    """Of a packed matrix, see convert/jobs.py."""
 
     @property
     def module(self) -> str: ...

@@ -13,14 +13,23 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-import shared.quant.convert as converting
 from models.z_image import conversion
 from models.z_image.config import TransformerConfig
 from models.z_image.keys import slot_of
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.convert import Conversion, LayerReport, convert, convert_to_gguf, plan_conversion
+from shared.quant.convert import (
+    Conversion,
+    Job,
+    LayerReport,
+    Means,
+    OnProgress,
+    convert,
+    convert_to_gguf,
+    plan_conversion,
+)
+from shared.quant.convert import layers as converting
 from shared.quant.errors import LayerMismatchError, UserError
 from shared.quant.layout import Layout
 from shared.quant.linear import JoinedLinear, PackedLinear
@@ -228,7 +237,7 @@ def test_killed_shards_go_on_to_the_same_bytes(source: Path, tmp_path: Path) -> 
 
 
 def convert_in_shards(
-    source: Path, output: Path, shard_bytes: int, on_progress: converting.OnProgress | None = None
+    source: Path, output: Path, shard_bytes: int, on_progress: OnProgress | None = None
 ) -> list[LayerReport]:
     layout = Layout(shard_bytes=shard_bytes)
     return convert(
@@ -302,10 +311,10 @@ def test_a_killed_gguf_file_goes_on_to_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned = plan(source, "q4_1", gguf=True)
-    means = converting.Means(rank=0, error_lora_rank=4)
+    means = Means(rank=0, error_lora_rank=4)
     seen: list[str] = []
 
-    def to_gguf(folder: str, on_progress: converting.OnProgress) -> list[LayerReport]:
+    def to_gguf(folder: str, on_progress: OnProgress) -> list[LayerReport]:
         output = tmp_path / folder / "m.gguf"
         return convert_to_gguf(planned, output, metadata={}, identity=1, on_progress=on_progress, means=means)
 
@@ -318,9 +327,9 @@ def test_a_killed_gguf_file_goes_on_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         to_gguf("again", interrupt)
     assert not (tmp_path / "again" / "m.gguf").exists()
-    rows = converting._rows
+    rows = converting.rows_of
     read: set[str] = set()
-    monkeypatch.setattr(converting, "_rows", lambda job, suffix: read.add(job.place.module) or rows(job, suffix))
+    monkeypatch.setattr(converting, "rows_of", lambda job, suffix: read.add(job.place.module) or rows(job, suffix))
     reports = to_gguf("again", ignore)
 
     assert not read & set(seen[:11])
@@ -335,13 +344,13 @@ def test_memory_holds_two_layers_at_most_however_many_there_are(
     """The one at work, and what was written of the one before."""
     layers: list[list[weakref.ref[torch.Tensor]]] = []
     most = 0
-    rows, add = converting._rows, SafetensorsWriter.add
+    rows, add = converting.rows_of, SafetensorsWriter.add
 
     def count() -> None:
         nonlocal most
         most = max(most, sum(any(tensor() is not None for tensor in layer) for layer in layers))
 
-    def counted_rows(job: converting.Job, suffix: str) -> torch.Tensor:
+    def counted_rows(job: Job, suffix: str) -> torch.Tensor:
         found = rows(job, suffix).clone()  # else it is mapped from the file, which takes no memory
         layers.append([weakref.ref(found)])
         count()
@@ -352,10 +361,10 @@ def test_memory_holds_two_layers_at_most_however_many_there_are(
         count()
         add(writer, group, tensors, note)
 
-    monkeypatch.setattr(converting, "_rows", counted_rows)
+    monkeypatch.setattr(converting, "rows_of", counted_rows)
     monkeypatch.setattr(SafetensorsWriter, "add", counted_add)
     planned = plan(source, "mxfp8")
-    means = converting.Means(rank=0, error_lora_rank=4)
+    means = Means(rank=0, error_lora_rank=4)
 
     convert(planned, tmp_path / "out.safetensors", rank=0, metadata={}, identity=0, on_progress=ignore, means=means)
 
