@@ -34,8 +34,9 @@ WORKING_MIB = 3072
 # mmgp puts at most this share of a GPU's memory into weights.
 WEIGHTS_SHARE = 0.8
 
-# int8 products on a CPU crash the process, without an exception, unless the weights start at such an address:
-# torch._weight_int8pack_mm, torch 2.13. Tensors mapped from a safetensors file start anywhere.
+# quanto's int8 products on a CPU crash the process, without an exception, unless the weights start at such an address:
+# torch._weight_int8pack_mm, torch 2.13. Tensors mapped from a safetensors file start anywhere. What multiplies our own
+# PackedLinear takes any address, and a copy of those would be the whole model.
 ALIGNMENT = 16
 
 
@@ -281,15 +282,17 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 def align_integer_weights(module: nn.Module) -> int:
-    """Copy int8 and uint8 weights that do not start at a 16-byte address; returns how many were copied.
+    """Copy int8 and uint8 weights that do not start at a 16-byte address, but PackedLinear's; returns how many.
 
     Needed before computing on a CPU (see ALIGNMENT). Values do not change. Looks into quantised tensors of
     optimum-quanto and others that are made of plain ones.
     """
     import torch
 
+    from shared.quant.linear import PackedLinear
+
     copied = 0
-    for owner in module.modules():
+    for owner in (owner for owner in module.modules() if not isinstance(owner, PackedLinear)):
         for name, tensor in (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)):
             for holder, field, part in _fields(owner, name, tensor):
                 if part.dtype in (torch.int8, torch.uint8) and part.data_ptr() % ALIGNMENT:

@@ -3,8 +3,10 @@
 They lie in a folder as a download would put them, so that the shipped presets draw with them:
 
     wgp.py generate "..." --preset z_image --ckpts FOLDER            bf16: 12.3 GB, text encoder 8.0 GB, VAE 0.2 GB
-    wgp.py generate "..." --preset z_image_int8 --ckpts FOLDER       int8 text encoder 4.4 GB; its transformer is to be
-                                                                     made of the bf16 one by wgp.py quantize
+    wgp.py generate "..." --preset z_image_int8 --ckpts FOLDER       int8: 6.9 GB, text encoder 4.4 GB, VAE 0.2 GB
+
+The int8 files are laid out as mmgp writes the published ones: quanto's tensors, diffusers' names, the linears of the 30
+layers packed and the refiners not, and a header of odd length, so that no number begins where a CPU would like it to.
 
 The tokenizer is the demo's. Numbers are taken from a pool of 2^24 normal ones, whose length is prime, so that no two
 rows of a matrix are alike, and scaled so that every layer keeps the size of what goes through it.
@@ -13,15 +15,18 @@ rows of a matrix are alike, and scaled so that every layer keeps the size of wha
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
 from models.z_image.config import TransformerConfig
+from models.z_image.keys import diffusers_names, split_parameter
 from models.z_image.transformer import ZImageTransformer
 from models.z_image.variants import (
     SCHEDULER_CONFIG_FILE,
@@ -52,6 +57,10 @@ VAE = {
 }  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]
+Kind = Literal["bf16", "int8"]
+# Which matrices the published int8 files pack: formats.md 2, from mmgp's rule.
+_PACKED_LAYERS = re.compile(r"layers\.")
+_PACKED_WORDS = re.compile(r"model\.layers\.")
 # The bytes of one tensor in some pieces: (name, shape) -> pieces.
 Fill = Callable[[str, tuple[int, ...]], Iterator[bytes]]
 
@@ -88,15 +97,20 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fill: Fill | None) -> None:
-    """A file of tensors by name -> (number type, shape). fill: their bytes; None leaves a sparse file of zeros."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fill: Fill | None, *, aligned: bool = True
+) -> None:
+    """A file of tensors by name -> (number type, shape). fill: their bytes; None leaves a sparse file of zeros.
+
+    aligned: the first tensor begins at a multiple of 8 bytes; else at an odd one.
+    """
     sizes = {"BF16": 2, "I8": 1, "F32": 4}
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 if aligned else 1 - len(text) % 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -149,20 +163,26 @@ class Numbers:
 _SCALES = tuple(2.0**-n for n in range(2, 8))
 
 
-def write_model(folder: Path, *, int8_encoder: bool = False) -> None:
-    """Write what is not there yet: transformer, text encoder (bf16, or int8 too), VAE, tokenizer, configurations."""
+def write_model(folder: Path, kind: Kind = "bf16") -> None:
+    """Write what is not there yet: transformer and text encoder of a kind, VAE, tokenizer, configurations."""
     numbers = Numbers()
 
     def plain(path: Path, shapes: Shapes) -> None:
         if not path.exists():
             write_safetensors(path, {name: ("BF16", shape) for name, shape in shapes.items()}, numbers.bf16)
 
-    plain(folder / TRANSFORMER_FILE, transformer_shapes())
-    plain(folder / TEXT_ENCODER_FOLDER / TEXT_ENCODER_FILES[0], encoder_shapes())
+    def packed(path: Path, shapes: Shapes, chosen: re.Pattern[str]) -> None:
+        if not path.exists():
+            write_safetensors(path, _quanto(shapes, chosen), numbers.quanto, aligned=False)
+
+    encoders = [folder / TEXT_ENCODER_FOLDER / name for name in TEXT_ENCODER_FILES]
+    if kind == "bf16":
+        plain(folder / TRANSFORMER_FILE, transformer_shapes())
+        plain(encoders[0], encoder_shapes())
+    else:
+        packed(folder / INT8_TRANSFORMER_FILE, _in_diffusers_names(transformer_shapes()), _PACKED_LAYERS)
+        packed(encoders[1], encoder_shapes(), _PACKED_WORDS)
     plain(folder / VAE_FILE, vae_shapes())
-    packed = folder / TEXT_ENCODER_FOLDER / TEXT_ENCODER_FILES[1]
-    if int8_encoder and not packed.exists():
-        write_safetensors(packed, _quanto(encoder_shapes()), numbers.quanto)
     (folder / VAE_CONFIG_FILE).write_text(json.dumps(VAE))
     (folder / SCHEDULER_CONFIG_FILE).write_text(json.dumps({"shift": 3.0}))
     for name in TOKENIZER_FILES:
@@ -173,11 +193,21 @@ def write_model(folder: Path, *, int8_encoder: bool = False) -> None:
             target.write_text("{}")
 
 
-def _quanto(shapes: Shapes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Matrices as quanto's int8, but the table of words, which its files leave as it is."""
+def _in_diffusers_names(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Our names or the official ones as diffusers', which have q, k and v apart."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *others) in shapes.items():
+        module, suffix = split_parameter(name)
+        theirs = diffusers_names(module)
+        found |= {their + suffix: (rows // len(theirs), *others) for their in theirs}
+    return found
+
+
+def _quanto(shapes: Shapes, chosen: re.Pattern[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The chosen matrices as quanto's int8, everything else in bf16."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
-        if len(shape) == 2 and "embed_tokens" not in name:
+        if len(shape) == 2 and chosen.match(name):
             tensors |= {f"{name}._data": ("I8", shape), f"{name}._scale": ("BF16", (shape[0], 1))}
         else:
             tensors[name] = ("BF16", shape)

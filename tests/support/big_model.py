@@ -1,6 +1,6 @@
 """Use the 6B model at its real size, with random numbers, and measure what that takes. Linux only.
 
-    python -m tests.support.big_model write FOLDER [--int8]    files of the real sizes (big_files.py), 20 to 25 GB
+    python -m tests.support.big_model write FOLDER [--int8]    files of the real sizes (big_files.py), 20.5 or 11.5 GB
     python -m tests.support.big_model run [--out FILE --row NAME] -- generate "a tree" --preset z_image --ckpts FOLDER
 
 `run` starts wgp.py with what follows, looks at its memory fifty times a second, and prints one JSON object: CPU seconds
@@ -113,7 +113,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="do", required=True)
     write = commands.add_parser("write")
     write.add_argument("folder", type=Path)
-    write.add_argument("--int8", action="store_true", help="also a text encoder in int8")
+    write.add_argument("--int8", action="store_true", help="the int8 files in place of those in bf16")
     running = commands.add_parser("run")
     running.add_argument("--out", type=Path, help="a result file of wgp.py bench to add the figures to")
     running.add_argument("--row", default="256x256, 2 forwards", help="what to call them there")
@@ -122,7 +122,7 @@ def main() -> None:
     if args.do == "write":
         from tests.support.big_files import write_model
 
-        write_model(args.folder, int8_encoder=args.int8)
+        write_model(args.folder, "int8" if args.int8 else "bf16")
         return
     found = run(args.arguments)
     print(json.dumps(found))  # noqa: T201 - a program of its own

@@ -30,10 +30,6 @@ from torch import Tensor
 
 from shared.quant.packing import Packed
 
-# torch's CPU product of int8 weights reads 16 codes at once and crashes the interpreter at other addresses. Files
-# written by mmgp begin their tensors anywhere.
-ALIGNMENT = 16
-
 # Where the writer puts a row's largest magnitude. -128 is never written but may be read.
 MAX_CODE = 127
 
@@ -56,7 +52,7 @@ class Int8:
         return weight.to(dtype)
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        return {"codes": _aligned(tensors["codes"][start:stop]), "scale": tensors["scale"][start:stop]}
+        return {"codes": tensors["codes"][start:stop], "scale": tensors["scale"][start:stop]}
 
     def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
         if len({p["scale"].shape[1] for p in parts}) > 1:
@@ -67,7 +63,7 @@ class Int8:
 def pack(codes: Tensor, scale: Tensor, rotation: int = 0) -> Packed:
     """codes: (rows, columns) int8. scale: (1 or rows, groups) float, groups dividing columns."""
     rows, columns = codes.shape
-    tensors = {"codes": _aligned(codes), "scale": scale.float().expand(rows, -1).contiguous()}
+    tensors = {"codes": codes, "scale": scale.float().expand(rows, -1).contiguous()}
     return Packed(Int8(rotation), (rows, columns), tensors)
 
 
@@ -115,7 +111,3 @@ def hadamard(size: int, device: torch.device) -> Tensor:
     while matrix.shape[0] < size:
         matrix = torch.kron(matrix, four)
     return matrix / math.sqrt(size)
-
-
-def _aligned(codes: Tensor) -> Tensor:
-    return codes if codes.data_ptr() % ALIGNMENT == 0 else codes.clone()

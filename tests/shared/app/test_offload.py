@@ -6,10 +6,12 @@ import gc
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from shared.app.device import DeviceInfo
@@ -27,7 +29,12 @@ from shared.app.offload import (
     weight_bytes,
 )
 from shared.app.streamer import StreamOffload
+from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import UserError
+from shared.quant.formats import format_of, layers_of
+from shared.quant.linear import PackedLinear
+from shared.quant.packing import Packed
+from shared.quant.targets import targets
 from tests.support.fake_cuda import fake_cuda
 
 GIB = 2**30
@@ -113,10 +120,10 @@ def test_an_offloader_can_place_again_after_release() -> None:
 
 
 def unaligned(values: torch.Tensor) -> torch.Tensor:
-    """The same int8 numbers at an address that is not a multiple of 16."""
-    memory = torch.empty(values.numel() + ALIGNMENT, dtype=torch.int8)
-    start = (3 - memory.data_ptr()) % ALIGNMENT
-    view = memory[start : start + values.numel()].view(values.shape)
+    """The same numbers at an address that is not a multiple of 16."""
+    memory = torch.empty(values.nbytes + ALIGNMENT, dtype=torch.int8).numpy()
+    start = (3 - memory.ctypes.data) % ALIGNMENT
+    view = torch.frombuffer(memory, dtype=values.dtype, offset=start, count=values.numel()).view(values.shape)
     view.copy_(values)
     assert view.data_ptr() % ALIGNMENT == 3
     return view
@@ -152,6 +159,28 @@ def test_int8_weights_of_optimum_quanto_are_aligned_inside_their_wrapper() -> No
 
     assert module[0].weight._data.data_ptr() % ALIGNMENT == 0
     torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "mxfp8", "nvfp4", "svdq_int4"])
+def test_our_own_packed_weights_compute_where_they_lie_and_are_not_copied(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "layer.safetensors"
+    tensors = targets()[kind].quantize(torch.randn(128, 256), 1, 32)
+    save_file({f"blocks.0.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}, path)
+    read = layers_of(checkpoint := Checkpoint.open(path), checkpoint.tensors)["blocks.0"]
+    found = format_of(read)
+    assert found is not None
+    packed = found.read(read)
+    x = torch.randn(40, 256).bfloat16()
+    expected = PackedLinear(packed, None, torch.bfloat16)(x)
+    moved = {name: unaligned(tensor) for name, tensor in packed.tensors.items()}
+    layer = PackedLinear(Packed(packed.packing, packed.shape, moved), None, torch.bfloat16)
+
+    DirectPlacement("cpu").place({"transformer": layer})
+
+    assert {name: t.data_ptr() for name, t in layer.packed.tensors.items()} == {
+        n: t.data_ptr() for n, t in moved.items()
+    }
+    assert torch.equal(layer(x), expected)
 
 
 def test_packed_weights_are_counted_at_their_packed_size() -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
+from shared.quant.mapping import is_mapped
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8, "U8": torch.uint8,
@@ -193,3 +194,19 @@ def test_numbers_that_begin_anywhere_are_read(tmp_path: Path) -> None:
     path = write(tmp_path / "m.safetensors", header, b"abc" + torch.tensor([1.5, -2.0]).numpy().tobytes())
 
     assert torch.equal(Checkpoint.open(path).load()["b"], torch.tensor([1.5, -2.0]))
+
+
+def test_a_large_tensor_at_an_odd_address_stays_mapped_and_multiplies_as_a_copy_of_it(tmp_path: Path) -> None:
+    weight = torch.randn(1024, 520).bfloat16()
+    header = {
+        "a": {"dtype": "U8", "shape": [3], "data_offsets": [0, 3]},
+        "b": {"dtype": "BF16", "shape": list(weight.shape), "data_offsets": [3, 3 + weight.nbytes]},
+    }
+    data = b"abc" + weight.view(torch.uint8).numpy().tobytes()
+
+    loaded = Checkpoint.open(write(tmp_path / "m.safetensors", header, data)).load()["b"]
+
+    assert is_mapped(loaded) and loaded.data_ptr() % 2
+    assert torch.equal(loaded, weight)
+    x = torch.randn(40, 520).bfloat16()
+    assert torch.equal(torch.nn.functional.linear(x, loaded), torch.nn.functional.linear(x, weight))
