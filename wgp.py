@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from shared.cli import commands
 
     if args.command == "inspect":
-        return commands.inspect(args, args.families)
+        from shared.cli.inspection_report import inspect
+
+        return inspect(args, args.families)
     ctx = AppContext.create(args, ROOT, args.families)
     for problem in ctx.presets.problems if args.command != "doctor" else ():  # its report has them
         print(problem, file=sys.stderr)

@@ -29,7 +29,7 @@ _LOOKS_LIKE = (
 
 
 def inspect_path(path: Path, families: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One description per checkpoint at `path`; of a folder, of every safetensors file in it and below.
+    """One description per checkpoint at `path`; of a folder, of every one in it and below.
 
     families: family id -> anything; models/<id>/inspection.py's describe() is asked where it exists. Reads headers
     only. For a single file errors are raised (CheckpointError); in a folder they are that file's `problems`.
@@ -43,10 +43,15 @@ def inspect_path(path: Path, families: Mapping[str, Any]) -> list[dict[str, Any]
         try:
             found.append(describe_checkpoint(Checkpoint.open(file), families))
         except CheckpointError as error:
-            found.append({"file": str(file), "kind": "unreadable", "summary": error.message, "problems": [str(error)]})
+            found.append(unreadable(file, error))
     if not found:
-        raise CheckpointError(f"{path}: no .safetensors file in this folder or below.")
+        raise CheckpointError(f"{path}: no {' and no '.join(sorted(SUFFIXES))} file in this folder or below.")
     return found
+
+
+def unreadable(path: Path, error: CheckpointError) -> dict[str, Any]:
+    """The description of a file that is no checkpoint."""
+    return {"file": str(path), "kind": "unreadable", "summary": error.message, "problems": [str(error)]}
 
 
 def describe_checkpoint(checkpoint: Checkpoint, families: Mapping[str, Any]) -> dict[str, Any]:

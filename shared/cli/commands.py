@@ -7,8 +7,7 @@ import contextlib
 import json
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from shared.cli.parser import overrides_of
@@ -16,7 +15,6 @@ from shared.cli.parser import overrides_of
 if TYPE_CHECKING:
     from shared.app.context import AppContext
     from shared.app.events import Event, GenerationResult, ImageDone
-    from shared.app.families import Families
     from shared.app.plan import GenerationPlan, PlannedFile
     from shared.app.presets import Preset
 
@@ -96,19 +94,6 @@ def presets(ctx: AppContext, args: argparse.Namespace) -> int:
             if preset.description:
                 indent = " " * (width + 4)
                 print(textwrap.fill(preset.description, _TEXT_WIDTH, initial_indent=indent, subsequent_indent=indent))
-    return DONE
-
-
-def inspect(args: argparse.Namespace, families: Families) -> int:
-    """Say what a weights file, or each one in a folder, is; from headers alone."""
-    from shared.app.inspection import inspect_path
-
-    path = Path(args.file)
-    found = inspect_path(path, families.infos)
-    if args.json:
-        _print_json(found if path.is_dir() else found[0], indent=2)
-    else:
-        print("\n\n".join(inspection_text(description) for description in found))
     return DONE
 
 
@@ -201,14 +186,6 @@ def memory_lines(plan: GenerationPlan) -> list[str]:
     ]
 
 
-def inspection_text(description: Mapping[str, Any]) -> str:
-    """One description of `inspect_path` for people: file and summary, then the facts."""
-    facts = {key: value for key, value in description.items() if key not in ("file", "summary")}
-    if len(facts.get("files", ())) == 1:
-        del facts["files"]  # the file itself
-    return "\n".join([description["file"], f"  {description['summary']}", *_lines(facts, "  ")])
-
-
 def result_text(result: GenerationResult) -> str:
     """Seconds and memory for people, in one line, and one for each note and each LoRA that did not match in full."""
     from shared.app.loras import match_words
@@ -233,19 +210,3 @@ def _print_pictures(
 
 def _print_json(value: Any, indent: int | None = None) -> None:
     print(json.dumps(value, indent=indent), flush=True)  # ASCII: any console and any reader takes it
-
-
-def _lines(values: Mapping[str, Any], indent: str = "") -> list[str]:
-    """Nested values as indented "key: value" lines; empty ones are left out."""
-    lines: list[str] = []
-    for key, value in values.items():
-        label = f"{indent}{str(key).replace('_', ' ')}:"
-        if isinstance(value, Mapping) and value:
-            lines += [label, *_lines(value, indent + "  ")]
-        elif isinstance(value, (list, tuple)) and value:
-            in_one = ", ".join(map(str, value))
-            short = len(in_one) <= _TEXT_WIDTH
-            lines += [f"{label} {in_one}"] if short else [label, *(f"{indent}  {item}" for item in value)]
-        elif value not in (None, "", [], {}, ()):
-            lines.append(f"{label} {value:,}" if type(value) is int else f"{label} {value}")
-    return lines

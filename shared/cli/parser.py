@@ -261,8 +261,11 @@ def _add_presets(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a .safetensors file, its index, or a folder holding one")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="+",
+        help="a .safetensors or .gguf file, an index of shards, or a folder of such; several get a line each",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print a JSON object; of several, a list")
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
