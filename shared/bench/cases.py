@@ -59,7 +59,7 @@ CASES: tuple[Case, ...] = (
     Case("C2", "small models", "dim 256, 512, 768; 96 and 320 tokens; float32 and bf16", "CPU ms, error", ("P1", "P2")),
     Case("C3", "one block of real width, in every kind of weight", "dim 3840; 384 to 4224 tokens", "CPU ms, error",
          ("P1", "P2", "P3", "P7")),
-    Case("C4", "the whole program on a CPU", "256x256, 2 forwards and decode", "s, CPU s, peak memory"),
+    Case("C4", "the whole program on a CPU", "256x256, 2 and 8 forwards and decode", "CPU s, peak memory"),
     Case("C5", "opening and mapping a large file", "12.3 GB and 3.2 GB in bf16, two layouts", "s, own memory",
          ("P1", "P6")),
     Case("C6", "schedule of streamed weights, simulated", "34 blocks through a link of 12 to 50 GB/s",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.bench.process_memory import PeakMemory
 from shared.bench.stand import Stand
 
 if TYPE_CHECKING:
@@ -22,62 +24,103 @@ _RUNS = 2
 _HOW = f"a fresh process each time, least of {_RUNS}; page cache warm from the first"
 _TIMEOUT = 3600  # seconds
 
-
-def program_cases(root: Path, presets: Sequence[str]) -> dict[str, CaseWork]:
-    """Case id -> function(stand). root: where wgp.py is."""
-    return {
-        "B5": partial(_capped, root=root, presets=presets),
-        "B6": partial(_cold, root=root, presets=presets),
-        "C4": partial(_on_cpu, root=root, presets=presets),
-    }
+# Steps of the short and of the whole picture on a CPU: what lies between them is forwards and nothing else.
+_FEW, _ALL = 2, 8
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-def _on_cpu(stand: Stand, *, root: Path, presets: Sequence[str]) -> None:
+def program_cases(root: Path, presets: Sequence[str], flags: Sequence[str] = ()) -> dict[str, CaseWork]:
+    """Case id -> function(stand). root: where wgp.py is. flags: for wgp.py, such as where its models are."""
+    cases = {"B5": _capped, "B6": _cold, "C4": _on_cpu}
+    return {case: partial(work, root=root, presets=presets, flags=flags) for case, work in cases.items()}
+
+
+def _on_cpu(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[str]) -> None:
+    """Few forwards and many, the prompt read each time; from the two, what a forward takes."""
+    stand.how = (
+        f"a fresh process of one thread each time, least CPU time of {_RUNS}; page cache warm; "
+        f"the CPU time of forwards by the difference of {_ALL} and {_FEW}"
+    )
+    flags = ["--gpu", "cpu", "--prompt-cache", "0", *flags]
+    for preset in presets:
+        found = {
+            steps: _draw(stand, f"{preset}, 256x256, {steps} forwards", root, preset, "256x256", steps, flags, by="cpu")
+            for steps in (_FEW, _ALL)
+        }
+        few, many = found[_FEW], found[_ALL]
+        for steps, values in found.items():
+            if few is not None and many is not None and values is not None:
+                each = (many["cpu_seconds"] - few["cpu_seconds"]) / (_ALL - _FEW)
+                values |= {"forwards_cpu_seconds": round(each * steps, 2)}
+            if values is not None:
+                stand.record(f"{preset}, 256x256, {steps} forwards", "ours", values)
+
+
+def _cold(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[str]) -> None:
     stand.how = _HOW
     for preset in presets:
-        _measure(stand, f"{preset}, 256x256, 2 forwards", root, preset, "256x256", 2, ["--gpu", "cpu"])
+        _measure(stand, f"{preset}, 1024x1024", root, preset, ["--gpu", "cuda", *flags])
 
 
-def _cold(stand: Stand, *, root: Path, presets: Sequence[str]) -> None:
-    stand.how = _HOW
-    for preset in presets:
-        _measure(stand, f"{preset}, 1024x1024", root, preset, "1024x1024", 8, ["--gpu", "cuda"])
-
-
-def _capped(stand: Stand, *, root: Path, presets: Sequence[str]) -> None:
+def _capped(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[str]) -> None:
     stand.how = _HOW
     for preset in presets:
         caps = {"no cap": [], **{f"{cap} GB": ["--max-vram", f"{cap}GB"] for cap in CAPS_GB}}
-        for name, flags in caps.items():
-            _measure(stand, f"{preset}, {name}", root, preset, "1024x1024", 8, ["--gpu", "cuda", *flags])
+        for name, cap in caps.items():
+            _measure(stand, f"{preset}, {name}", root, preset, ["--gpu", "cuda", *cap, *flags])
 
 
-def _measure(
-    stand: Stand, row: str, root: Path, preset: str, resolution: str, steps: int, flags: Sequence[str]
-) -> None:
-    """Draw one picture as often as it takes and keep the quickest; a note where it is not drawn."""
+def _measure(stand: Stand, row: str, root: Path, preset: str, flags: Sequence[str]) -> None:
+    values = _draw(stand, row, root, preset, "1024x1024", 8, flags, by="wall")
+    if values is not None:
+        stand.record(row, "ours", values)
+
+
+def _draw(
+    stand: Stand, row: str, root: Path, preset: str, resolution: str, steps: int, flags: Sequence[str], *, by: str
+) -> dict[str, float] | None:
+    """Draw one picture as often as it takes; the values of the quickest by that clock, or a note and None.
+
+    The most memory of all runs counts, not of the quickest.
+    """
     command = [
         sys.executable, "wgp.py", "generate", PROMPT, "--preset", preset, "--resolution", resolution,
         "--steps", str(steps), "--seed", "0", "--json", "--output", str(stand.folder / "picture.png"), *flags,
     ]  # fmt: skip
+    environment = {**os.environ, **(_ONE_THREAD if by == "cpu" else {})}
     runs = []
     for _ in range(_RUNS):
         began, cpu = time.perf_counter(), _children_seconds()
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+        with (
+            subprocess.Popen(
+                command, cwd=root, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            ) as process,
+            PeakMemory(process.pid, every=0.02) as peak,
+        ):
+            try:
+                output, errors = process.communicate(timeout=_TIMEOUT)
+            except BaseException:
+                process.kill()
+                raise
         wall, cpu = time.perf_counter() - began, _children_seconds() - cpu
-        if done.returncode:
-            why = (done.stderr.strip() or "no reason given").splitlines()
+        if process.returncode:
+            why = (errors.strip() or "no reason given").splitlines()
             stand.note(f"{row}: not drawn ({why[-1]}).")
-            return
-        runs.append(_values(json.loads(done.stdout.strip().splitlines()[-1]), wall, cpu))
-    stand.record(row, "ours", min(runs, key=lambda run: run["wall_seconds"]))
+            return None
+        runs.append(_values(json.loads(output.strip().splitlines()[-1]), wall, cpu, peak.mib))
+    quickest = min(runs, key=lambda run: run[f"{by}_seconds"])
+    return quickest | {key: max(run[key] for run in runs) for key in quickest if key.endswith("_mb")}
 
 
-def _values(result: dict[str, Any], wall: float, cpu: float) -> dict[str, float]:
-    """From what `generate --json` tells. rest_seconds: start, imports, loading, saving."""
-    stages = {f"{stage}_seconds": float(seconds) for stage, seconds in result["seconds"].items()}
+def _values(result: dict[str, Any], wall: float, cpu: float, peak: Mapping[str, float]) -> dict[str, float]:
+    """From what `generate --json` tells. rest_seconds: start, imports, saving. peak_own_mb: see
+    process_memory.py."""
+    told = {stage: float(seconds) for stage, seconds in result["seconds"].items() if stage != "total"}
+    stages = {f"{stage}_seconds": seconds for stage, seconds in told.items()}
     found = {"wall_seconds": wall, "cpu_seconds": cpu, **stages, "rest_seconds": wall - sum(stages.values())}
     found |= {key: float(result[key]) for key in ("peak_rss_mb", "peak_vram_mb") if result.get(key)}
+    if "RssAnon" in peak:
+        found["peak_own_mb"] = peak["RssAnon"]
     return {key: round(value, 2) for key, value in found.items()} | {"forwards": result["forwards"], "repeats": _RUNS}
 
 

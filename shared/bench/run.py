@@ -43,12 +43,12 @@ class Options:
     folder: Path | None = None  # for large files; None takes the system's
 
 
-def find_work(families: Families, root: Path, presets: Sequence[str]) -> dict[str, CaseWork]:
+def find_work(families: Families, root: Path, presets: Sequence[str], flags: Sequence[str] = ()) -> dict[str, CaseWork]:
     """Case id -> the function that does it: those of the whole program, and of families that bring a bench package.
 
-    root: where wgp.py is. presets: the models that the whole program draws with.
+    root: where wgp.py is. presets: the models that the whole program draws with. flags: what it is given besides.
     """
-    found = program_cases(root, presets)
+    found = program_cases(root, presets, flags)
     for handler in dict.fromkeys(families.handlers.values()):
         package = f"{handler.__module__.rpartition('.')[0]}.{PACKAGE}"
         if importlib.util.find_spec(package) is not None:

@@ -79,10 +79,12 @@ def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], p
         folder=Path(args.scratch) if args.scratch else None,
     )  # fmt: skip
     presets = [name.strip() for name in (args.preset or DEFAULT_PRESET).split(",")]
+    flags = [word for folder in vars(args).get("ckpts") or () for word in ("--ckpts", str(Path(folder).absolute()))]
+    work = find_work(ctx.families, ctx.root, presets, flags)
     machine = this_machine()
     path = Path(args.out) if args.out else results.default_path(machine, f"{datetime.now(UTC):%Y-%m-%d}")
     records: list[Record] = []
-    for record in run_cases(chosen, find_work(ctx.families, ctx.root, presets), options, tell):
+    for record in run_cases(chosen, work, options, tell):
         results.merge(path, machine, [record])  # after each, so that what follows cannot lose it
         records.append(record)
         if not args.json:

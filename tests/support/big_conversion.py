@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from models.z_image import conversion
+from shared.bench.process_memory import PeakMemory, memory_mib
 from shared.quant import svdquant  # noqa: F401 - what is imported later would count
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.convert import Conversion, Means, convert, plan_conversion
@@ -30,7 +31,6 @@ from shared.quant.packings.svdq import Kind
 from shared.quant.recipe import Recipe
 from shared.quant.targets import Quantize, targets
 from tests.support.big_files import Numbers, transformer_shapes, write_safetensors
-from tests.support.big_model import PeakMemory, memory_mib
 
 
 def write_sparse(path: Path, filled: re.Pattern[str]) -> None:

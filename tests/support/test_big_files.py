@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from models.z_image.loader import load_transformer
+from shared.bench.process_memory import memory_mib
 from shared.quant import mapping
 from shared.quant.checkpoint import Checkpoint
 from tests.support.big_files import Numbers, transformer_shapes, write_safetensors
-from tests.support.big_model import memory_mib
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs sparse files and Linux's account of memory")
