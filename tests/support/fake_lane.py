@@ -1,4 +1,4 @@
-"""Pretended copying beside pretended computing, for the streamer: see shared/app/streamer.py's Lane.
+"""Pretended copying beside pretended computing, for the streamer: see shared/app/streamer/lane.py.
 
 Two clocks, in seconds, one for copies and one for computing, each going on by itself until told to wait for the other.
 A copy is done when somebody waits for it (`late`, the latest moment that is allowed) or at once (`late=False`, the

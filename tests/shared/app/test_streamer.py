@@ -350,7 +350,7 @@ def test_a_second_way_into_a_model_brings_what_belongs_to_no_block(gpu: FakeCuda
 
 
 def test_a_large_table_of_a_streamed_model_stays_on_the_host(gpu: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.app.streamer.HOST_TABLE_BYTES", BLOCK)
+    monkeypatch.setattr("shared.app.streamer.model.HOST_TABLE_BYTES", BLOCK)
 
     class Encoder(nn.Module):
         def __init__(self) -> None:
