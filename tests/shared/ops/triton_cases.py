@@ -119,7 +119,7 @@ def test_gate_residual_norm_is_both_operations_in_one(dtype: torch.dtype, modula
 @pytest.mark.parametrize(("heads", "width"), [(1, 16), (3, 32), (5, 128)])
 @pytest.mark.parametrize("items", [1, 2])
 def test_qk_norm_rope(dtype: torch.dtype, exact: bool, heads: int, width: int, items: int) -> None:
-    batch, length = 2, 7
+    batch, length = 2, 3
     qkv = numbers(batch, length, 3 * heads * width, dtype=dtype)
     weights = numbers(2, width, dtype=dtype, seed=1)
     angles = numbers(items, length + 2, 1, width // 2, dtype=torch.float32, seed=3)
@@ -159,7 +159,7 @@ def test_swiglu(dtype: torch.dtype, width: int) -> None:
 @each_dtype
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_round_rows(dtype: torch.dtype, kind: Kind) -> None:
-    x = numbers(3, 7, 100, dtype=dtype)
+    x = numbers(2, 3, 100, dtype=dtype)
     x[1, 2] = 0
 
     assert_same_rounded(fused.round_rows(x, kind), round_rows(x, kind))
@@ -175,7 +175,7 @@ def test_round_rows_divides_by_the_smoothing_first() -> None:
 @each_dtype
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_rounding_in_the_producer_is_rounding_behind_it(dtype: torch.dtype, kind: Kind) -> None:
-    x, y = numbers(2, 5, 96, dtype=dtype), numbers(2, 5, 96, dtype=dtype, seed=1)
+    x, y = numbers(2, 2, 96, dtype=dtype), numbers(2, 2, 96, dtype=dtype, seed=1)
     weight, scale = numbers(96, dtype=dtype, seed=2), numbers(2, 1, 96, dtype=dtype, seed=3)
 
     pairs = (
