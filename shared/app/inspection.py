@@ -27,6 +27,9 @@ _LOOKS_LIKE = (
     ("lora_down.weight", "a LoRA for another model"),
 )
 
+# Tensors of ComfyUI's files that hold what a layer's inputs were seen to reach, newer and older spelling.
+_INPUT_SCALES = (".input_scale", ".scale_input")
+
 
 def inspect_path(path: Path, families: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One description per checkpoint at `path`; of a folder, of every one in it and below.
@@ -55,7 +58,7 @@ def unreadable(path: Path, error: CheckpointError) -> dict[str, Any]:
 
 
 def describe_checkpoint(checkpoint: Checkpoint, families: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON-able: file, bytes, parameters, tensors, and what the family that knows it says."""
+    """JSON-able: file, bytes, parameters, tensors, calibration, and what the family that knows it says."""
     description = next((d for f in families if (d := _ask(f, checkpoint)) is not None), None)
     return {
         "file": str(checkpoint.path),
@@ -64,7 +67,24 @@ def describe_checkpoint(checkpoint: Checkpoint, families: Mapping[str, Any]) -> 
         "tensors": len(checkpoint.tensors),
         "parameters": _parameters(checkpoint),
         "metadata": {k: v if len(v) <= 200 else f"{v[:200]}..." for k, v in checkpoint.metadata.items()},
+        "calibration": _calibration(checkpoint),
     } | (description or _unknown(checkpoint.tensors))
+
+
+def _calibration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the file says of how its packing was fitted to inputs: by this program, llama.cpp, or scales for inputs."""
+    said: dict[str, Any] = {
+        key.removeprefix("quantize."): value
+        for key, value in checkpoint.metadata.items()
+        if key.startswith("quantize.imatrix.")
+    }
+    if (ours := checkpoint.metadata.get("calibration")) is not None:
+        said["drawn with"] = ours
+    # quanto writes input scales of 1 into every file; they say nothing.
+    modules = [name.removesuffix(end) for name in checkpoint.tensors for end in _INPUT_SCALES if name.endswith(end)]
+    if scaled := [m for m in modules if f"{m}.weight._data" not in checkpoint.tensors]:
+        said["layers with a scale for their inputs"] = len(scaled)
+    return said
 
 
 def _parameters(checkpoint: Checkpoint) -> int:

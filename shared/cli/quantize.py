@@ -184,14 +184,15 @@ def report_text(result: QuantizeResult) -> str:
     if result.quantized:
         worst = result.quantized[: len(said["worst"])]
         width = max(len(report.module) for report in worst)
-        lines += [f"  mean relative error of the weights {said['mean_relative_error']:.4f}; the least exact:"]
-        lines += [f"    {r.module:<{width}}  {r.format:<10} {r.relative_error:.4f}" for r in worst]
-    if said["mean_output_error"] is not None:
-        lines.append(f"  mean relative error of the outputs {said['mean_output_error']:.4f}")
+        seen = said["mean_output_error"]
+        what, mean = ("weights", said["mean_relative_error"]) if seen is None else ("outputs", seen)
+        errors = [r.relative_error if r.output_error is None else r.output_error for r in worst]
+        lines += [f"  mean relative error of the {what} {mean:.4f}; the least exact:"]
+        lines += [f"    {r.module:<{width}}  {r.format:<10} {e:.4f}" for r, e in zip(worst, errors, strict=True)]
     if result.error_lora is not None:
         outputs = said["mean_corrected_output_error"]
-        of_outputs = "" if outputs is None else f", of the outputs {outputs:.4f}"
-        lines.append(f"  with {result.error_lora.name}: {said['mean_corrected_error']:.4f}{of_outputs}")
+        mean = said["mean_corrected_error"] if outputs is None else outputs
+        lines.append(f"  with {result.error_lora.name}: {mean:.4f}")
     if result.chosen:
         lines += _choice_text(result)
     lines += [f"  {note}" for note in result.notes]

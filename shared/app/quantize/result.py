@@ -51,10 +51,14 @@ class QuantizeResult:
 
     @property
     def quantized(self) -> list[LayerReport]:
-        """The matrices that were not left plain, the least exact first."""
+        """The matrices that were not left plain, the least exact first: by their outputs where these were looked at.
+
+        Smoothing and learned rounding let go of numbers that meet small inputs, so that a weight may be far off.
+        """
         from shared.quant.targets import PLAIN
 
-        return sorted((r for r in self.layers if r.format not in PLAIN), key=lambda r: -r.relative_error)
+        packed = [r for r in self.layers if r.format not in PLAIN]
+        return sorted(packed, key=lambda r: -(r.relative_error if r.output_error is None else r.output_error))
 
     def as_dict(self) -> dict[str, Any]:
         quantized = self.quantized

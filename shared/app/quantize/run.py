@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -82,14 +83,17 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         recipe, chosen, conversion = choosing.best()
     naming = "official" if is_gguf else conversion.naming
     metadata = family.header(naming, conversion.formats, model.config, rank)
-    metadata = {"format": "pt"} if request.diffusers else metadata
+    metadata = {"format": "pt"} if request.diffusers else {"config": metadata["config"]} if is_gguf else metadata
+    if request.calibrate:
+        seen = {"pictures": request.calibrate, "learned_rounding": request.learned_rounding}
+        metadata = {**metadata, "calibration": json.dumps(seen)}
     files = [request.file]
     identity = _identity(request, model, recipe, rank, prompts, layout)
     if is_gguf:
         layers = convert_to_gguf(
             conversion,
             request.output,
-            metadata={"config": metadata["config"]},
+            metadata=metadata,
             identity=identity,
             on_progress=on_progress,
             means=means,

@@ -14,7 +14,9 @@ from models.z_image.prompts import SCENES, SHAPES, calibration_prompts
 from shared.app.calibration import Drawings, watch
 from shared.app.context import AppContext
 from shared.app.families import load_families
+from shared.app.inspection import inspect_path
 from shared.app.quantize import QuantizeRequest, quantize
+from shared.cli.quantize import report_text
 from tests.support.tiny_model import TINY
 
 PRESET = {
@@ -82,6 +84,28 @@ def test_learned_rounding_brings_every_output_nearer_than_calibration_alone(ctx:
         if one["format"] == "svdq_int4":
             assert 0 < two["output_error"] < one["output_error"] < 0.2, one["module"]
     assert learned["mean_output_error"] < 0.9 * calibrated["mean_output_error"]
+
+
+def test_a_calibrated_file_says_so_and_its_report_goes_by_outputs(ctx: AppContext) -> None:
+    request = QuantizeRequest(
+        source=ctx.root / "tiny" / "transformer.safetensors",
+        output=ctx.root / "calibrated.safetensors",
+        recipe="svdq_int4",
+        rank=16,
+        keep=[r"(?!layers\.1\.).*"],
+        calibrate=1,
+        with_preset=False,
+    )
+
+    result = quantize(ctx, request, lambda *_: None)
+
+    (described,) = inspect_path(request.output, {"z_image": None})
+    assert described["calibration"] == {"drawn with": '{"pictures": 1, "learned_rounding": false}'}
+    errors = [layer["output_error"] for layer in result.as_dict()["worst"]]
+    assert len(errors) > 1 and errors == sorted(errors, reverse=True)
+    assert [float(line.split()[-1]) for line in report_text(result).splitlines() if " svdq_int4  " in line] == [
+        pytest.approx(error, abs=1e-4) for error in errors
+    ]
 
 
 def test_small_models_are_shown_shapes_and_large_ones_scenes() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 
 from models.z_image.inspection import describe
@@ -43,6 +44,26 @@ def test_packed_layers_are_counted_by_how_they_are_kept(model_folder: Path, tmp_
     (plain,) = inspect_path(model_folder / "transformer.safetensors", FAMILIES)
     assert found["parameters"] == plain["parameters"], "scales and markers are no parameters, two codes a byte are two"
     assert found["sizes"]["ffn_dim"] == TINY.ffn_dim
+
+
+def test_what_a_file_says_of_its_calibration_is_told(tmp_path: Path) -> None:
+    scaled = {"a.weight": torch.ones(4, 4), "a.input_scale": torch.tensor(0.1), "b.scale_input": torch.tensor(0.2)}
+    quanto = {"c.weight._data": torch.ones(4, 4, dtype=torch.int8), "c.input_scale": torch.tensor(1.0)}
+    save_file(scaled | quanto, tmp_path / "f.safetensors")
+    writer = GGUFWriter(tmp_path / "f.gguf", "lumina2")
+    writer.add_string("quantize.imatrix.file", "z_image.imatrix")
+    writer.add_int32("quantize.imatrix.chunks_count", 120)
+    writer.add_tensor("a.weight", torch.ones(4, 4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    (of_scales,) = inspect_path(tmp_path / "f.safetensors", FAMILIES)
+    (of_llama_cpp,) = inspect_path(tmp_path / "f.gguf", FAMILIES)
+
+    assert of_scales["calibration"] == {"layers with a scale for their inputs": 2}, "quanto's are always 1"
+    assert of_llama_cpp["calibration"] == {"imatrix.file": "z_image.imatrix", "imatrix.chunks_count": "120"}
 
 
 def test_an_unknown_packing_is_a_problem_and_not_a_crash(model_folder: Path, tmp_path: Path) -> None:
