@@ -13,6 +13,7 @@ from models.z_image.control_config import release_of
 from models.z_image.control_loader import find_control_prefix, plan_control, read_control_config
 from models.z_image.keys import find_prefix, relative_of
 from models.z_image.loader import plan_layers, read_config
+from models.z_image.vae_names import PREFIXES as VAE_PREFIXES
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError
 from shared.quant.formats import Layer, format_of, layers_of
@@ -145,12 +146,14 @@ def _text_encoder(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 def _vae(checkpoint: Checkpoint) -> dict[str, Any] | None:
     tensors = checkpoint.tensors
-    conv = tensors.get("decoder.conv_in.weight")
-    if conv is None or "encoder.conv_in.weight" not in tensors:
+    prefix = next((p for p in VAE_PREFIXES if f"{p}decoder.conv_in.weight" in tensors), None)
+    if prefix is None or f"{prefix}encoder.conv_in.weight" not in tensors:
         return None
-    naming = "diffusers" if "decoder.up_blocks.0.resnets.0.conv1.weight" in tensors else "ldm"
-    sizes = {"latent_channels": conv.shape[1]}
-    return _plain(checkpoint, "vae", f"AutoencoderKL, {naming} naming", sizes=sizes) | {"naming": naming}
+    naming = "diffusers" if f"{prefix}decoder.up_blocks.0.resnets.0.conv1.weight" in tensors else "ldm"
+    conv = tensors[f"{prefix}decoder.conv_in.weight"]
+    sizes = {"latent_channels": conv.shape[1] if len(conv.shape) == 4 else 0}
+    facts = {"naming": naming, "prefix": prefix}
+    return _plain(checkpoint, "vae", f"AutoencoderKL, {naming} naming", sizes=sizes) | facts
 
 
 def _plain(checkpoint: Checkpoint, kind: str, summary: str, sizes: Mapping[str, Any]) -> dict[str, Any]:

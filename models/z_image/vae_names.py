@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_PREFIXES = ("first_stage_model.", "vae.", "")
+PREFIXES = ("first_stage_model.", "vae.", "")  # in front of every name of a file, most telling first
 _LANDMARK = "decoder.conv_in.weight"
 
 _RULES = (
@@ -38,7 +38,7 @@ _UP_BLOCK = re.compile(r"^decoder\.up\.(\d+)\.")
 def diffusers_names(names: Iterable[str]) -> dict[str, str]:
     """diffusers' name -> the file's name, for every VAE tensor of a file in either naming; {} if it holds no VAE."""
     listed = list(names)
-    prefix = next((p for p in _PREFIXES if p + _LANDMARK in listed), None)
+    prefix = next((p for p in PREFIXES if p + _LANDMARK in listed), None)
     if prefix is None:
         return {}
     own = {n[len(prefix) :]: n for n in listed if n.startswith(prefix)}

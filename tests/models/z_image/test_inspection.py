@@ -108,6 +108,14 @@ def test_every_part_of_a_folder_is_listed(model_folder: Path) -> None:
             "control",
             r"Fun ControlNet Union 1\.0",
         ),
+        (
+            {
+                "first_stage_model.decoder.conv_in.weight": (8, 16, 3, 3),
+                "first_stage_model.encoder.conv_in.weight": (8, 3, 3, 3),
+            },
+            "vae",
+            "AutoencoderKL, ldm naming",
+        ),
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "other", "FLUX"),
         ({"unheard.of": (1,)}, "other", r"begin with unheard\.of"),
     ],
