@@ -30,6 +30,7 @@ from shared.app.hub import (
     download,
     hub_endpoint,
     parse_hub_url,
+    received_bytes,
 )
 from shared.quant.errors import UserError
 
@@ -151,6 +152,15 @@ class FileStore:
                 self._hashes.put(target, sha256)
                 self._origins.put(target, _origin_of(file))
         return target
+
+    def received(self, url: str, *, subfolder: str = "") -> int:
+        """Bytes of this file that a download brought before it was cut short: what the next one continues.
+
+        A file that has changed on the Hub meanwhile begins anew; that is known when the Hub is asked.
+        """
+        if parse_hub_url(url, self.endpoint) is None:
+            return 0
+        return received_bytes(self.target(url, subfolder=subfolder))
 
     def sha256(self, path: Path) -> str:
         """A file's SHA-256 as 64 hex digits; a 12 GB file is read once, then known by its size and time."""

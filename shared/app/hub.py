@@ -8,6 +8,7 @@ and the file gets its name only after its hash has been compared with the one th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -133,6 +134,15 @@ def download(
     _verify(file, stated, part, sha256, endpoint=endpoint, target=target)
     os.replace(part, target)
     return sha256
+
+
+def received_bytes(target: Path) -> int:
+    """Of an unfinished download to target; 0 if there is none."""
+    sizes = [0]
+    for part in target.parent.glob(f"{glob.escape(target.name)}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # just finished
+            sizes.append(part.stat().st_size)
+    return max(sizes)
 
 
 # ---------------------------------------------------------------------------------------------- looking up

@@ -76,7 +76,8 @@ _BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
 class ModuleSizes:
     """One module, from its files' headers. Bytes as it is loaded.
 
-    mapped: of them those that can stay in the file, in the type that is computed in: a CPU lets go of them after use.
+    mapped: of them those that can stay in the file, packed or in the type that is computed in: a CPU lets go of them
+    after use.
     blocks: of each repeated block, in the files' order. width, hidden: numbers per token of a block's stream and of its
     feed-forward. products: numbers that multiply each token in a pass, whatever they are packed in. scratch: bytes of
     the largest packed matrix when it is unpacked.
@@ -126,13 +127,14 @@ class PublishedModule:
     """A module that is not (all) here: bytes of its files, the main one first, and the family's shapes of that one.
 
     further: bytes of module files (ControlNet), taken for 16 bit numbers in blocks like the main file's. packs_table:
-    whether a packed file packs what lies outside blocks too.
+    whether a packed file packs what lies outside blocks too. is_joined: as in _module().
     """
 
     shapes: ModuleShapes
     nbytes: int
     further: tuple[int, ...] = ()
     packs_table: bool = False
+    is_joined: bool = True
 
     def sizes(self, compute_bytes: int) -> ModuleSizes:
         """Its sizes as it is loaded to compute in numbers of so many bytes."""
@@ -147,7 +149,7 @@ class PublishedModule:
             if stored > _PACKED_IN_BYTES:  # what is more than a byte for each number is the second byte of plain ones
                 kept = min(kept, max(0, self.nbytes - shapes.numbers))
             total = self.nbytes + kept * (compute_bytes - 2)
-            mapped = kept * 2 if compute_bytes == 2 else 0
+            mapped = (kept * 2 if compute_bytes == 2 else 0) + (0 if self.is_joined else self.nbytes - kept * 2)
             outside = round(shapes.outside * stored) if self.packs_table else min(shapes.outside, kept) * compute_bytes
             scratch = max(shapes.largest, shapes.outside if self.packs_table else 0) * compute_bytes
         blocks = ((total - outside) // shapes.blocks,) * shapes.blocks if shapes.blocks else ()
@@ -242,7 +244,7 @@ def estimate_memory(
     if "transformer" not in sizes:
         sizes["transformer"] = _module([_open_part(path, "transformer") for path in transformer], compute_bytes)
     if "text_encoder" not in sizes and text_encoder is not None:
-        sizes["text_encoder"] = _module([_open_part(text_encoder, "text_encoder")], compute_bytes)
+        sizes["text_encoder"] = _module([_open_part(text_encoder, "text_encoder")], compute_bytes, is_joined=False)
     if "vae" not in sizes and vae is not None:
         vae_file = _open_part(vae, "vae")
         channels = _last_stage_channels(vae_file)
@@ -369,8 +371,11 @@ def _open_part(path: Path, role: str) -> Checkpoint:
     return replace(checkpoint, tensors=own)
 
 
-def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:
-    """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count."""
+def _module(files: Sequence[Checkpoint], compute_bytes: int, *, is_joined: bool = True) -> ModuleSizes:
+    """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count.
+
+    is_joined: whether rows of packed matrices are copied, so that one product makes several (q, k and v) of them.
+    """
     blocks: dict[str, int] = {}
     counts: dict[str, int] = {}
     matrices: list[tuple[str, tuple[int, ...]]] = []
@@ -379,7 +384,8 @@ def _module(files: Sequence[Checkpoint], compute_bytes: int) -> ModuleSizes:
         for info in file.tensors.values():
             size = _loaded_bytes(info, compute_bytes)
             total += size
-            mapped += size if _PLAIN_DTYPES.get(info.dtype) == compute_bytes else 0
+            stored = _PLAIN_DTYPES.get(info.dtype)
+            mapped += size if stored == compute_bytes or (stored is None and not is_joined) else 0
             if found := _BLOCK_NAME.match(info.name):
                 name = f"{number} {found[0]}"
                 blocks[name] = blocks.get(name, 0) + -(-size // ALIGNMENT) * ALIGNMENT

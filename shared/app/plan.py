@@ -62,7 +62,8 @@ class Choice:
 class PlannedFile:
     """One file of the plan. role: as in FileWant, or "lora". path, bytes: None while it is not on this machine.
 
-    note: how sure it is that the path is the file, "" where there is no doubt. published: as in FileWant.
+    note: how sure it is that the path is the file, "" where there is no doubt. published: as in FileWant. received:
+    bytes of a download of it that was cut short and will be continued.
     """
 
     role: str
@@ -71,11 +72,17 @@ class PlannedFile:
     path: Path | None = None
     note: str = ""
     published: int | None = None
+    received: int = 0
 
     @property
     def is_remote(self) -> bool:
         """Whether it can be downloaded; else it must be put in place by hand."""
         return self.url.startswith(("https://", "http://"))
+
+    @property
+    def to_come(self) -> int:
+        """Bytes of it that a download still brings; 0 where its size is not known."""
+        return 0 if self.path is not None else max(0, (self.published or 0) - self.received)
 
     @property
     def bytes(self) -> int | None:
@@ -86,12 +93,14 @@ class PlannedFile:
 class Download:
     """What is to be fetched before a plan can be followed.
 
-    nbytes: of the files whose size is published. small: how many tokenizer and configuration files are not counted.
-    unknown: addresses of others that are not. folder: where it goes. free: bytes there, None where not known.
+    nbytes: still to come, of the files whose size is published; received: of the same, here already. small: how many
+    tokenizer and configuration files are not counted. unknown: addresses of others that are not. folder: where it
+    goes. free: bytes there, None where not known.
     """
 
     files: int
     nbytes: int
+    received: int
     small: int
     unknown: tuple[str, ...]
     folder: Path
@@ -112,6 +121,7 @@ class Download:
         uncounted += [f"{len(self.unknown)} of unknown size"] if self.unknown else []
         amount = f"{_gb(self.nbytes)} in {count}"
         amount += f", of them {' and '.join(uncounted)} not counted" if uncounted else ""
+        amount += f"; {_gb(self.received)} more are here already" if self.received else ""
         if self.free is None or not self.is_too_large:
             return amount
         return f"{amount}. Only {_gb(self.free)} are free at {self.folder}: {_gb(self.nbytes - self.free)} too few"
@@ -121,6 +131,7 @@ class Download:
         return {
             "files": self.files,
             "bytes": self.nbytes,
+            "received": self.received,
             "unknown": list(self.unknown),
             "folder": str(self.folder),
             "free": self.free,
@@ -302,6 +313,7 @@ def find_files(ctx: AppContext, chosen: FilePlan) -> list[PlannedFile]:
             path=located.path,
             note=located.note,
             published=want.published,
+            received=0 if located.path is not None else ctx.files.received(want.url, subfolder=want.subfolder),
         )
         for want, located in found
     ]
@@ -406,7 +418,8 @@ def _download(ctx: AppContext, files: Sequence[PlannedFile]) -> Download | None:
     uncounted = {file.url: file.role for file in missing if file.published is None}
     return Download(
         files=len({file.url for file in missing}),
-        nbytes=sum(file.published or 0 for file in missing),
+        nbytes=sum(file.to_come for file in missing),
+        received=sum(file.received for file in missing if file.published is not None),
         small=sum(role == "companion" for role in uncounted.values()),
         unknown=tuple(url for url, role in uncounted.items() if role != "companion"),
         folder=folder,
@@ -418,15 +431,48 @@ def _gb(size: int) -> str:
     return f"{size / GB:.1f} GB" if size >= GB / 10 else f"{size / 1e6:.1f} MB"
 
 
+def weigh_files(ctx: AppContext, preset: Preset, files: Sequence[PlannedFile], **picture: Any) -> MemoryEstimate | None:
+    """What weights and work take: by headers of the files that are here, else by published sizes and shapes.
+
+    picture: the keywords of estimate_memory() but for the files. None where a size is not known. Raises UserError for a
+    file that is here and broken.
+    """
+    parts = {role: [f for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")}
+    published = _published(ctx, preset, parts) if parts["text_encoder"] and parts["vae"] else None
+    if published is None:
+        return None
+    known = {role: [part.path for part in found if part.path is not None] for role, found in parts.items()}
+    return estimate_memory(
+        transformer=[*known["transformer"], *known["module"]],
+        text_encoder=next(iter(known["text_encoder"]), None),
+        vae=next(iter(known["vae"]), None),
+        published=published,
+        **picture,
+    )
+
+
+def quick_decode_bytes(device: DeviceInfo, dtype: str) -> int | None:
+    """Bytes per number that a picture is decoded in, None for the VAE's own.
+
+    A CPU that multiplies bfloat16 decodes in it, unless precision is asked for; see autoencoder.quick_decoder.
+    """
+    return 2 if device.kind == "cpu" and dtype == "bfloat16" else None
+
+
+def published_shapes(ctx: AppContext, preset: Preset) -> Mapping[str, Mapping[str, int]]:
+    """What the family knows of its published modules, by name; {} of a family that tells nothing."""
+    ask = getattr(ctx.presets.families.handler(preset.architecture), "query_published_shapes", None)
+    return ask(preset.architecture) if callable(ask) else {}
+
+
 def _published(
     ctx: AppContext, preset: Preset, files: Mapping[str, Sequence[PlannedFile]]
 ) -> dict[str, PublishedModule] | None:
     """By name, the modules that are not all here, as they are published; None if not all of these are known.
 
-    files: by role. The family's shapes come from its handler's query_published_shapes, which not every family has.
+    files: by role.
     """
-    ask = getattr(ctx.presets.families.handler(preset.architecture), "query_published_shapes", None)
-    shapes = ask(preset.architecture) if callable(ask) else {}
+    shapes = published_shapes(ctx, preset)
     found: dict[str, PublishedModule] = {}
     for name in STAGES.values():
         parts = [*files[name], *(files["module"] if name == "transformer" else ())]
@@ -440,6 +486,7 @@ def _published(
             shapes=ModuleShapes(**shapes[name]),
             nbytes=known[0],
             further=tuple(known[1:]),
+            is_joined=name != "text_encoder",
             # llama.cpp's writer packs a language model's embedding table like the rest
             packs_table=name == "text_encoder" and parts[0].url.lower().endswith(".gguf"),
         )
@@ -456,32 +503,27 @@ def _weigh(
     relief: Relief | None,
 ) -> tuple[Choice, MemoryEstimate | None, MemoryPlan | None]:
     """Where weights will live, and the memory it takes: by the headers of files that are here, else as published."""
-    parts = {role: [f for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")}
-    known = {role: [part.path for part in found if part.path is not None] for role, found in parts.items()}
     device = machine.device
     offload, profile = requested_offload(ctx), requested_profile(ctx)
     cap = parse_size(getattr(ctx.args, "max_vram", None) or ctx.config.get("max_vram"))
-    published = _published(ctx, preset, parts) if parts["text_encoder"] and parts["vae"] else None
-    if published is None:
-        return Choice(*unknown_sizes(device, offload, profile)), None, None
-    estimate = estimate_memory(
-        transformer=[*known["transformer"], *known["module"]],
-        text_encoder=next(iter(known["text_encoder"]), None),
-        vae=next(iter(known["vae"]), None),
-        published=published,
+    is_exact = settings.sampling.precision == "exact"
+    decode_bytes = None if is_exact else quick_decode_bytes(device, machine.dtype.value)
+    estimate = weigh_files(
+        ctx,
+        preset,
+        files,
         width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
         height=round(settings.height * settings.edit.hires_scale),
         tile_cells=settings.VAE_tile_size,
         compute_bytes=DTYPE_BYTES[machine.dtype.value],
         vae_bytes=DTYPE_BYTES[VAE_DTYPE],
-        # A CPU that multiplies bfloat16 decodes in it, unless precision is asked for; see autoencoder.quick_decoder.
-        decode_bytes=2
-        if device.kind == "cpu" and machine.dtype.value == "bfloat16" and settings.sampling.precision != "exact"
-        else None,
+        decode_bytes=decode_bytes,
         guided=settings.guidance_scale > 0,
         loras=loras,
         on_cpu=device.kind == "cpu",
     )
+    if estimate is None:
+        return Choice(*unknown_sizes(device, offload, profile)), None, None
     placement = plan_memory(
         estimate,
         device,

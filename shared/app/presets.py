@@ -425,14 +425,19 @@ class _Library:
             f'The closest is "{closest[0]}".' if closest else "",
         )
 
-    def _stated_sizes(self, definition: Mapping[str, Any], place: str) -> list[float]:
-        """Gigabytes of the files of one place: the preset's own word, else that of the preset whose files it takes."""
+    def _stated_sizes(self, definition: Mapping[str, Any], place: str) -> list[list[float]]:
+        """Gigabytes of the alternatives of each file of one place, in their order.
+
+        By the preset's own word, else that of the preset whose files it takes.
+        """
         key = _SIZED[place][0]
         while True:
             stated = (definition.get("gigabytes") or {}).get(place)
             files = definition.get(key)
             if stated is not None or not isinstance(files, str):
-                return stated if isinstance(stated, list) else [] if stated is None else [stated]
+                sizes = stated if isinstance(stated, list) else [] if stated is None else [stated]
+                files_of_place = sizes if place == "modules" else [sizes]
+                return [size if isinstance(size, list) else [size] for size in files_of_place]
             definition = self._definition(files)  # no circle: the files themselves were resolved before
 
     def _modules(self, preset_id: str, definition: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
@@ -495,15 +500,14 @@ class _Library:
         vae_urls = tuple(self._inherited(preset_id, definition, "VAE_URLs"))
         companions = _companion_files(handler, architecture, definition)
         own_vae = tuple(want.url for want in companions if want.role == "vae")[:1]
+        alternatives = {
+            "transformer": [urls], "modules": modules, "text_encoder": [encoder_urls], "VAE": [vae_urls or own_vae],
+        }  # fmt: skip
         published = {
             (_SIZED[place][1], url): round(size * GB)
-            for place, alternatives in {
-                "transformer": urls,
-                "modules": tuple(module[0] for module in modules if module),
-                "text_encoder": encoder_urls,
-                "VAE": vae_urls or own_vae,
-            }.items()
-            for url, size in zip(alternatives, self._stated_sizes(definition, place), strict=False)
+            for place, files in alternatives.items()
+            for among, sizes in zip(files, self._stated_sizes(definition, place), strict=False)
+            for url, size in zip(among, sizes, strict=False)
         }
         return Preset(
             id=preset_id,

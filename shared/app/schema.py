@@ -89,13 +89,20 @@ def _is_weights(value: Any) -> bool:
     def is_size(item: Any) -> bool:
         return _is_number(item) and item > 0
 
+    def is_list(items: Any) -> bool:
+        return isinstance(items, list) and items != [] and all(map(is_size, items))
+
+    def fits(place: str, item: Any) -> bool:
+        if is_size(item) or is_list(item):
+            return True
+        return (
+            place == "modules" and isinstance(item, list) and item != [] and all(is_size(i) or is_list(i) for i in item)
+        )
+
     return (
         isinstance(value, dict)
         and value.keys() <= {"transformer", "modules", "text_encoder", "VAE"}
-        and all(
-            is_size(item) or (isinstance(item, list) and item != [] and all(map(is_size, item)))
-            for item in value.values()
-        )
+        and all(fits(place, item) for place, item in value.items())
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
-from shared.app import advice
-from shared.app.advice import Advice, advise, format_of_name
+from models.z_image.variants import PUBLISHED_SHAPES
+from shared.app.advice import Advice, advise
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
-from tests.support.fake_family import FAMILY, FakeHandler, fake_context, write_preset
+from shared.app.weight_formats import format_of_name
+from tests.support.fake_family import FakeHandler, fake_context, write_preset
 
 PROGRAM = Path(__file__).parents[3]
 GIB = 2**30
@@ -23,19 +25,21 @@ FILES = {
     "int4": "svdq-int4_r128-model.safetensors",
     "fp4": "svdq-fp4_r128-model.safetensors",
 }
+# Published sizes of Z-Image's files, 10^9 bytes: transformer and text encoder. The VAE is the program's own here.
+SIZES = {"bf16": (12.31, 8.04), "int8": (6.89, 4.41), "int4": (4.01, 4.41), "fp4": (4.2, 4.41)}
 
 
 @pytest.fixture
 def ctx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AppContext:
     """Presets of a 6B model in four formats, to download, and the program's own small one."""
-    monkeypatch.setattr(
-        advice, "PARAMETERS", {FAMILY: {"transformer": 6.155e9, "text_encoder": 4.02e9, "vae": 0.084e9}}
-    )
+    shapes = lambda self, architecture: PUBLISHED_SHAPES  # noqa: E731
+    monkeypatch.setattr(FakeHandler, "query_published_shapes", shapes, raising=False)
     write_preset(tmp_path, "z_image_demo")
     encoder = [f"{HUB}/encoder_quanto_bf16_int8.safetensors"]
     for name, file in FILES.items():
         te = [f"{HUB}/encoder_bf16.safetensors"] if name == "bf16" else encoder
-        write_preset(tmp_path, name, URLs=[f"{HUB}/{file}"], text_encoder_URLs=te)
+        weighs = dict(zip(("transformer", "text_encoder"), SIZES[name], strict=True))
+        write_preset(tmp_path, name, URLs=[f"{HUB}/{file}"], text_encoder_URLs=te, gigabytes=weighs)
     return fake_context(tmp_path, FakeHandler())
 
 
@@ -70,10 +74,20 @@ def test_a_format_that_the_tensor_cores_lack_is_refused_with_the_reason(
 
 
 def test_without_a_gpu_little_ram_leaves_the_programs_own_model(ctx: AppContext) -> None:
-    found = given(ctx, DeviceInfo("cpu", "CPU", None, 16 * GIB, "no GPU"), ram=16 * GIB)
+    found = given(ctx, DeviceInfo("cpu", "CPU", None, 6 * GIB, "no GPU"), ram=6 * GIB)
 
     assert found.preset == "z_image_demo" and "came with the program" in found.reason
     assert found.to_download == 0 and found.caveats == ()
+
+
+def test_without_a_gpu_a_mapped_model_need_not_fit_the_ram_with_its_text_encoder(ctx: AppContext) -> None:
+    cpu = DeviceInfo("cpu", "CPU", None, 18 * GIB, "no GPU")
+
+    found = given(ctx, cpu, ram=18 * GIB)
+
+    assert found.preset == "bf16", "12.3 GB, and 8.0 GB that are let go of"
+    others = {verdict.preset: verdict for verdict in given(ctx, cpu, ram=14 * GIB).others}
+    assert "14.0 GiB" in others["bf16"].refusal, "2 GiB are the system's"
 
 
 def test_without_a_gpu_much_ram_allows_16_bits_and_warns_of_the_time(ctx: AppContext) -> None:
@@ -103,6 +117,18 @@ def test_weights_that_are_only_expanded_are_called_so(ctx: AppContext) -> None:
 
 def test_a_gpu_with_too_little_ram_beside_it_does_not_stream(ctx: AppContext) -> None:
     assert given(ctx, card(8, 89), ram=6 * GIB).preset == "z_image_demo"
+
+
+def test_what_is_to_download_is_what_presets_state_less_what_is_here(ctx: AppContext) -> None:
+    whole = given(ctx, card(12, 89))
+    target = ctx.files.target(f"{HUB}/{FILES['int8']}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.0123456789ab.part")
+    part.touch()
+    os.truncate(part, 10**9)
+
+    assert whole.to_download == 11_300_000_000
+    assert given(ctx, card(12, 89)).to_download == 10_300_000_000
 
 
 def test_a_file_that_is_damaged_is_refused_and_another_advised(ctx: AppContext) -> None:

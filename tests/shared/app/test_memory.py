@@ -199,7 +199,8 @@ def demo_shapes(name: str) -> ModuleShapes:
 
 def published(name: str, nbytes: float, shapes: ModuleShapes | None = None, **more: object) -> PublishedModule:
     """A module of the 6B model's family, or of `shapes`, whose file weighs `nbytes`."""
-    return PublishedModule(shapes=shapes or ModuleShapes(**PUBLISHED_SHAPES[name]), nbytes=round(nbytes), **more)  # type: ignore[arg-type]
+    own = {"shapes": shapes or ModuleShapes(**PUBLISHED_SHAPES[name]), "is_joined": name != "text_encoder"}
+    return PublishedModule(nbytes=round(nbytes), **own | more)  # type: ignore[arg-type]
 
 
 RUN = {"width": 1024, "height": 1024, "tile_cells": 0, "vae_bytes": 4, "guided": True}
@@ -304,6 +305,15 @@ def test_a_control_branch_that_is_not_here_counts_in_blocks_like_the_transformer
     assert controlled.nbytes - plain.nbytes == round(6.71e9)
     assert len(controlled.blocks) - len(plain.blocks) == 18  # 15 control layers, 2 refiners, their projections
     assert controlled.products / plain.products == pytest.approx(52 / 34, rel=0.01)
+
+
+def test_a_packed_text_encoder_stays_in_its_file_and_so_is_let_go_of(big: dict[str, Path]) -> None:
+    files = {"transformer": big["transformer_int8"], "text_encoder": big["text_encoder_int8"], "vae": big["vae"]}
+
+    sizes = by_files(files, compute_bytes=2).sizes
+
+    assert sizes["text_encoder"].mapped == pytest.approx(sizes["text_encoder"].nbytes, rel=0.01)
+    assert sizes["transformer"].mapped < 0.3 * sizes["transformer"].nbytes, "q, k, v and w1, w3 are copied side by side"
 
 
 def test_only_what_is_missing_is_taken_from_the_published_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,21 @@ def test_a_download_says_what_it_does_not_count(sized: AppContext) -> None:
     assert made.download.unknown == ("https://example.org/lora.safetensors",)
     assert made.download.words == "2.0 GB in 2 files, of them 1 of unknown size not counted"
     assert plan(sized, "one").download is None
+
+
+def test_what_a_cut_download_brought_is_not_fetched_again(sized: AppContext) -> None:
+    target = sized.files.target(REMOTE)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.0123456789ab.part")
+    part.touch()
+    os.truncate(part, 5 * 10**8)
+
+    made = plan(sized, "remote")
+
+    assert made.download is not None
+    assert made.download.words == "1.5 GB in 1 file; 0.5 GB more are here already"
+    told = made.as_dict()["download"]
+    assert (told["bytes"], told["received"]) == (1_500_000_000, 500_000_000)
 
 
 def test_a_disk_that_is_too_small_is_told_before_the_download(

@@ -413,6 +413,18 @@ def test_sizes_are_stated_by_place_for_alternatives_in_their_order(folders):
     assert choose_files(preset).wants[0].published == 2 * 10**9
 
 
+def test_each_module_may_state_a_size_for_each_of_its_alternatives(folders):
+    modules = [[HUB + "a.safetensors", HUB + "a_int8.safetensors"], [HUB + "b.safetensors"]]
+    folders.default("sized", {"modules": modules, "gigabytes": {"modules": [[3.1, 1.9], 2]}})
+
+    preset = folders.load().get("sized")
+
+    stated = {name: size / 10**9 for (role, name), size in published(preset).items() if role == "module"}
+    assert stated == {"a.safetensors": 3.1, "a_int8.safetensors": 1.9, "b.safetensors": 2}
+    wants = [want for want in choose_files(preset, "int8").wants if want.role == "module"]
+    assert [want.published for want in wants] == [1_900_000_000, 2_000_000_000]
+
+
 def test_a_preset_that_takes_anothers_files_takes_their_sizes(folders):
     folders.default("owner", {"gigabytes": {"transformer": 2, "text_encoder": 3}})
     folders.default("middle", {"URLs": "owner"})
@@ -439,7 +451,17 @@ def test_a_size_does_not_outlast_the_file_it_was_stated_of(folders):
 
 
 @pytest.mark.parametrize(
-    "wrong", [12.3, {"transformer": "12.3 GB"}, {"transformer": 0}, {"transformer": []}, {"vae": 0.2}, {"VAE": [True]}]
+    "wrong",
+    [
+        12.3,
+        {"transformer": "12.3 GB"},
+        {"transformer": 0},
+        {"transformer": []},
+        {"vae": 0.2},
+        {"VAE": [True]},
+        {"VAE": [[1]]},
+        {"modules": [[0]]},
+    ],
 )
 def test_a_wrong_size_is_told_with_the_file_and_the_key(folders, wrong):
     path = folders.default("z_image", {"gigabytes": wrong})
