@@ -104,8 +104,8 @@ class Row:
 
     peak_rss_mb, peak_vram_mb: MiB of the drawing process. psnr: dB, infinite where all pictures are equal.
     latent_error: of the last latents, relative. adherence: share of pictures that keep all promises; kept: share that
-    keeps each. lora, lora_latents: correlation of what the LoRA changes, in pictures and in latents. problem: why there
-    are no figures.
+    keeps each; lost, gained: pictures that keep all with the reference only, and with this only. lora, lora_latents:
+    correlation of what the LoRA changes, in pictures and in latents. problem: why there are no figures.
     """
 
     name: str
@@ -120,6 +120,8 @@ class Row:
     latent_error: float = 0.0
     adherence: float | None = None
     kept: Mapping[str, float] = field(default_factory=dict)
+    lost: int = 0
+    gained: int = 0
     lora: float | None = None
     lora_latents: float | None = None
     problem: str = ""
@@ -188,6 +190,7 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
     sheet = ContactSheet(prompts)
     rows: list[Row] = []
     reference: _Pictures | None = None
+    verdicts_before: list[Any] = []  # on the reference's pictures
     job = DrawJob(
         root=ctx.root, args=_flags(ctx), preset=preset.id, file=reference_file, pictures=pictures,
         threads=max((os.cpu_count() or 1) // request.jobs, 1) if request.jobs > 1 else 0,
@@ -209,7 +212,9 @@ def compare(ctx: AppContext, request: CompareRequest, say: Say, draw: Draw = dra
             rows.append(Row(name=name, file=str(path), bytes=_size(path), problem=str(error)))
             continue
         reference = reference or found
-        rows.append(_row(name, path, found, reference, scorer, captions))
+        verdicts = _verdicts(found, scorer, captions)
+        verdicts_before = verdicts_before or verdicts
+        rows.append(replace(_row(name, path, found, reference), **_adherence(verdicts, verdicts_before)))
         images = [Image.fromarray(drawn.picture) for drawn in found.plain]
         sheet.add(name, images)
         _save_pictures(request.output / name, images)
@@ -379,15 +384,10 @@ def _drawn(messages: Iterator[Drawn | Spent], count: int, say: Say) -> _Pictures
     raise RunError("The pictures ended before their account.")
 
 
-def _row(
-    name: str, path: Path, found: _Pictures, reference: _Pictures, scorer: Scorer | None, captions: Sequence[Any]
-) -> Row:
+def _row(name: str, path: Path, found: _Pictures, reference: _Pictures) -> Row:
     import numpy as np
 
     pairs = list(zip(found.plain, reference.plain, strict=True))
-    verdicts = (
-        [scorer.judge_picture(d.picture, c) for d, c in zip(found.plain, captions, strict=True)] if scorer else []
-    )
     return Row(
         name=name,
         file=str(path),
@@ -399,8 +399,6 @@ def _row(
         psnr=psnr(np.stack([a.picture for a, _ in pairs]), np.stack([b.picture for _, b in pairs])),
         ssim=fmean(ssim(a.picture, b.picture) for a, b in pairs),
         latent_error=fmean(relative_error(a.latents, b.latents) for a, b in pairs),
-        adherence=fmean(bool(v.everything) for v in verdicts) if verdicts else None,
-        kept=_kept(verdicts),
         lora=_alike(found, reference, lambda drawn: drawn.picture),
         lora_latents=_alike(found, reference, lambda drawn: drawn.latents),
     )
@@ -417,11 +415,25 @@ def _alike(found: _Pictures, reference: _Pictures, values: Callable[[Drawn], NDA
     return correlation(change(found), change(reference)) if found.with_lora else None
 
 
-def _kept(verdicts: Sequence[Any]) -> dict[str, float]:
-    if not verdicts or not is_dataclass(verdicts[0]):
+def _verdicts(found: _Pictures, scorer: Scorer | None, captions: Sequence[Any]) -> list[Any]:
+    """What the scorer reads in each plain picture; none without a scorer."""
+    if scorer is None:
+        return []
+    return [scorer.judge_picture(drawn.picture, c) for drawn, c in zip(found.plain, captions, strict=True)]
+
+
+def _adherence(verdicts: Sequence[Any], before: Sequence[Any]) -> dict[str, Any]:
+    """The fields of a row that verdicts give, held against those on the reference's pictures."""
+    if not verdicts:
         return {}
-    said = [asdict(verdict) for verdict in verdicts]
-    return {promise: fmean(bool(verdict[promise]) for verdict in said) for promise in said[0]}
+    said = [asdict(verdict) for verdict in verdicts] if is_dataclass(verdicts[0]) else [{}]
+    whole = [(bool(old.everything), bool(new.everything)) for old, new in zip(before, verdicts, strict=True)]
+    return {
+        "adherence": fmean(new for _, new in whole),
+        "kept": {promise: fmean(bool(verdict[promise]) for verdict in said) for promise in said[0]},
+        "lost": whole.count((True, False)),
+        "gained": whole.count((False, True)),
+    }
 
 
 def _size(path: Path) -> int:

@@ -5,11 +5,16 @@
     SVDQuant      nearer to the reference than every plain 4-bit file that is no smaller
     ranks         the higher one is nearer
 
-Nearer is measured in the final latents. One picture of 32 is 3 points of adherence, so the words count pictures too.
+Nearer is measured in the final latents. One picture of 32 is 3 points of adherence, so the words count pictures too:
+how many the reference alone keeps, how many the format alone, and how often chance deals such a hand. A scorer draws a
+line somewhere, and small differences push pictures over it both ways; if they did so like a coin, k or fewer of n on
+one side would come up with the probability 2 * sum(n over i, i = 0..k) / 2^n (the sign test, McNemar's exact test).
+3 lost and none gained: 2 / 8 = 25 %. 6 and none: 3 %, which is hard to call chance.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,9 +61,22 @@ def _adherence(reference: Row, rows: Sequence[Row], named: str, most: float, pic
     if not scored:
         return
     lost, worst = max(scored, key=lambda pair: pair[0])
-    words = f"the worst, {worst.name}, {_points(lost, reference.name, pictures)}"
+    words = f"the worst, {worst.name}, {_points(lost, reference.name, pictures)}{_chance_words(worst)}"
     points = "1 point" if most == 0.01 else f"{100 * most:.0f} points"
     yield Finding(f"{named} keep the prompt within {points}", lost <= most + 1e-9, words)
+
+
+def chance(lost: int, gained: int) -> float:
+    """How often coins would fall as unevenly as `lost` pictures to `gained`, or more so: 0 to 1, two-sided."""
+    tosses = lost + gained
+    tail = sum(math.comb(tosses, heads) for heads in range(min(lost, gained) + 1))
+    return min(1.0, math.ldexp(tail, 1 - tosses))
+
+
+def _chance_words(row: Row) -> str:
+    if not row.lost + row.gained:
+        return ""
+    return f", {row.lost} lost and {row.gained} gained; chance does that in {100 * chance(row.lost, row.gained):.0f} %"
 
 
 def _lora(rows: Sequence[Row], named: str, least: float) -> Iterator[Finding]:

@@ -206,6 +206,25 @@ def test_prompts_of_ones_own_are_drawn_in_turn_and_not_scored(
     assert result.rows[0].adherence is None
 
 
+def test_pictures_that_only_one_side_keeps_are_counted_against_the_reference(
+    fake_ctx: AppContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference keeps pictures 0 and 1, the other one 1 and 2 and 3."""
+    kept = iter([True, True, False, False, False, True, True, True])
+    scorer = SimpleNamespace(
+        held_out_captions=lambda count, seed: [SimpleNamespace(text=f"prompt {i}") for i in range(count)],
+        judge_picture=lambda picture, caption: SimpleNamespace(everything=next(kept)),
+    )
+    monkeypatch.setitem(sys.modules, "training.fake", scorer)
+
+    reference, other = run(
+        fake_ctx, count=4, scorer="training.fake", files=[write_weights(fake_ctx.root / "a.safetensors")]
+    ).rows
+
+    assert (reference.adherence, reference.lost, reference.gained) == (0.5, 0, 0)
+    assert (other.adherence, other.lost, other.gained) == (0.75, 1, 2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
