@@ -104,7 +104,7 @@ def write_safetensors(
 
     aligned: the first tensor begins at a multiple of 8 bytes; else at an odd one.
     """
-    sizes = {"BF16": 2, "I8": 1, "F32": 4}
+    sizes = {"BF16": 2, "F8_E4M3": 1, "I8": 1, "F32": 4}
     header, end = {}, 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()

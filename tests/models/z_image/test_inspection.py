@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from shared.app.inspection import inspect_path
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
 from shared.quant.formats import fp8_scaled, nvfp4
+from tests.support.big_files import transformer_shapes, write_safetensors
 from tests.support.tiny_model import TINY
 
 FAMILIES = {"z_image": None}
@@ -29,6 +31,26 @@ def test_a_transformer_tells_its_sizes(model_folder: Path) -> None:
     assert (found["sizes"]["dim"], found["sizes"]["n_layers"]) == (TINY.dim, TINY.n_layers)
     assert found["parameters"] * 4 == found["bytes"]
     assert not found["problems"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the file takes no room only where files have holes")
+@pytest.mark.parametrize("packed", [False, True], ids=["bf16", "FP8"])
+def test_a_file_of_six_billion_numbers_is_told_in_a_second(tmp_path: Path, packed: bool) -> None:
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, shape in transformer_shapes().items():
+        is_packed = packed and re.search(r"\.(attention\.(qkv|out)|feed_forward\.w[123])\.weight$", name)
+        tensors[name] = ("F8_E4M3" if is_packed else "BF16", shape)
+        if is_packed:
+            tensors[name.replace(".weight", ".weight_scale")] = ("F32", ())
+    write_safetensors(tmp_path / "big.safetensors", tensors, None)
+
+    began = time.process_time()
+    (found,) = inspect_path(tmp_path / "big.safetensors", FAMILIES)
+
+    assert time.process_time() - began < 1
+    assert found["summary"] == "Z-Image transformer (6B)"
+    assert found["parameters"] == 6_154_908_736
+    assert found["bytes"] > (6e9 if packed else 12.3e9)
 
 
 def test_packed_layers_are_counted_by_how_they_are_kept(model_folder: Path, tmp_path: Path) -> None:
