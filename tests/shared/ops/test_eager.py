@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from shared import ops
+from shared.ops import eager
 from shared.ops.eager import SHORT
 
 B, S, H, E = 2, 5, 3, 8
@@ -85,6 +86,33 @@ def test_long_sequences_are_handed_on_in_their_own_type() -> None:
     qkv, weights = torch.randn(1, SHORT, 3 * 8).bfloat16(), torch.ones(2, 8)
 
     assert {x.dtype for x in ops.qk_norm_rope(qkv, weights, torch.ones(1, SHORT, 1, 4, 2), 1, EPS)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_many_tokens_are_worked_on_in_parts_to_the_same_bits(
+    dtype: torch.dtype, per_token: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = SHORT + 37
+    x, qkv = torch.randn(B, tokens, D), torch.randn(B, tokens, 3 * D, dtype=dtype)
+    y, weight, weights = torch.randn(B, tokens, D, dtype=dtype), torch.rand(D), torch.rand(2, E)
+    factor = torch.randn(1, tokens if per_token else 1, D)
+    rope = torch.randn(1, tokens, 1, E // 2, 2)
+
+    def results() -> list[Tensor]:
+        return [
+            eager.rms_norm_modulate(x, weight, factor, EPS, dtype=dtype),
+            eager.rms_norm_modulate(y, weight, None, EPS),
+            eager.gate_residual(x, y, factor, weight, EPS),
+            eager.gate_residual(y, y, None, weight, EPS),
+            *eager.qk_norm_rope(qkv.clone(), weights, rope, H, EPS),
+        ]
+
+    monkeypatch.setattr(eager, "_AT_ONCE", tokens)
+    whole = results()
+    monkeypatch.setattr(eager, "_AT_ONCE", 64)
+
+    assert all(map(torch.equal, results(), whole))
 
 
 def test_rotations_may_be_complex_numbers() -> None:
