@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +184,21 @@ def test_sparse_files_are_opened_in_both_layouts(tmp_path: Path, layout: str) ->
     assert not model.layers[0].attention.qkv.weight.any()
 
 
-def test_opening_is_timed_in_a_process_of_its_own(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_opened_in_a_process_of_its_own(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "RUNS", 1)
-    opening.opening(stand, {"small": twins.sized(384, 1, heads=3, refiners=1, features=64)})
+    path = stand.folder / "model.safetensors"
+    opening.write_sparse(path, SMALL, layout="official")
+
+    opening._record(stand, "small", "ours", path, 0.1)
+
+    assert [(row.row, row.who) for row in stand.rows] == [("small", "ours")]
+    assert float(stand.rows[0].values["seconds"]) > 0
+
+
+def test_opening_is_timed_each_way(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opening, "RUNS", 1)
+    monkeypatch.setattr(opening.subprocess, "run", opened_here)
+    opening.opening(stand, {"small": SMALL})
 
     rows = {(row.row, row.who): row.values for row in stand.rows}
     assert {
@@ -192,3 +207,11 @@ def test_opening_is_timed_in_a_process_of_its_own(stand: Stand, monkeypatch: pyt
         ("small, diffusers names", "P1"),
     } == set(rows)
     assert all(float(values["seconds"]) > 0 for values in rows.values())
+
+
+def opened_here(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+    """A process of its own would import everything again."""
+    who, path = command[-2:]
+    with redirect_stdout(StringIO()) as said:
+        opening.main(who, Path(path))
+    return subprocess.CompletedProcess(command, 0, said.getvalue(), "")
