@@ -28,16 +28,22 @@ _ROUND: dict[Kind | None, int] = {None: 0, "int8": 1, "fp8": 3 if interpreted() 
 
 @overload
 def rms_norm_modulate(
-    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = ..., rounding: None = ...
-) -> Tensor: ...
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = ..., rounding: None = ...,
+    dtype: torch.dtype | None = ...,
+) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm_modulate(
-    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = ..., rounding: Kind
-) -> Rounded: ...
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = ..., rounding: Kind,
+    dtype: torch.dtype | None = ...,
+) -> Rounded: ...  # fmt: skip
 def rms_norm_modulate(
-    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False, rounding: Kind | None = None
-) -> Tensor | Rounded:
-    """See shared.ops. rounding: give the result in 8 bits instead, rounded from what it would have been."""
+    x: Tensor, weight: Tensor, scale: Tensor | None, eps: float, *, exact: bool = False, rounding: Kind | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor | Rounded:  # fmt: skip
+    """See shared.ops. rounding: give the result in 8 bits instead, rounded from what it would have been.
+
+    dtype: of the result on a CPU, where streams may be wider; here it is x's.
+    """
     flat = _rows(x)
     tokens, columns = flat.shape
     out, codes_scale = _result(x, rounding)
@@ -68,7 +74,7 @@ def gate_residual(
 
 def gate_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor, next_weight: Tensor, next_scale: Tensor | None,
-    eps: float, *, exact: bool = False, rounding: Kind | None = None,
+    eps: float, *, exact: bool = False, rounding: Kind | None = None, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | Rounded]:  # fmt: skip
     """gate_residual(x, y, gate, weight), and rms_norm_modulate(of it, next_weight, next_scale), as if one by one."""
     stream, added = _rows(x), _rows(y)

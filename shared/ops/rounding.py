@@ -42,6 +42,23 @@ class Rounded(NamedTuple):
         return flat.view(self.codes.shape).to(self.dtype)
 
 
+class Sums(NamedTuple):
+    """A product of int8 codes before its scales: numbers[t, n] = sums[t, n] * row[t] * column[n].
+
+    sums: (T, N) int32. row: (T, 1), column: (N, 1), float32. shape: (..., N), dtype: what the product is to be.
+    """
+
+    sums: Tensor
+    row: Tensor
+    column: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def restore(self) -> Tensor:
+        """The numbers (..., N) in `dtype`."""
+        return (self.sums * self.row * self.column.t()).to(self.dtype).view(self.shape)
+
+
 def round_rows(x: Tensor, kind: Kind) -> Rounded:
     """Round the tokens of x (..., K), any float type, in plain torch. A token of zeros gets zeros."""
     numbers = x.reshape(-1, x.shape[-1]).float()

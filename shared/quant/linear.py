@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from shared.ops.rounding import Kind, Rounded
+from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant import kernels
 from shared.quant.kernels.scratch import Scratch
 from shared.quant.packing import Packed
@@ -59,6 +59,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
         return kernels.run(self.kernel(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+
+    def unscaled(self, x: Tensor | Rounded) -> Tensor | Sums:
+        """forward(), or the integers that it would scale where its kernel can hand on these; for a layer that nothing
+        hangs on."""
+        return kernels.run_unscaled(self.kernel(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
 
     def takes(self, device: torch.device) -> Kind | None:
         """In which 8 bits forward() takes activations that are rounded already; None: in none.

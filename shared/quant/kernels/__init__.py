@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from shared.quant.errors import RunError
 
@@ -29,15 +29,16 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from shared.ops.rounding import Kind, Rounded
+    from shared.ops.rounding import Kind, Rounded, Sums
     from shared.quant.linear import PackedLinear
     from shared.quant.packing import Packed
 
 _MODULES = (
     "nunchaku", "comfy_svdq", "comfy_nvfp4", "comfy_mxfp8", "comfy_int8", "triton_8bit", "torch_int8", "torch_fp8",
-    "triton_4bit", "scale_after", "svdq", "dequantize",
+    "triton_4bit", "compiled_expand", "scale_after", "svdq", "dequantize",
 )  # fmt: skip
 ANY = "*"
+Answer = TypeVar("Answer")
 
 Compute = Literal["auto", "bf16", "fp8", "int8", "native"]
 COMPUTES: tuple[Compute, ...] = get_args(Compute)
@@ -64,6 +65,8 @@ class Kernel:
     (..., in) -> (..., out). known: the figure by which it is no slower than expanding there, None where there is none.
     arrange: the same numbers laid out as the kernel reads them, done once when the kernel is chosen; None: as they are.
     takes: in which 8 bits `run` takes activations of this layer that are rounded already, None where it does not.
+    sums: the product of int8 codes before its scales, for an operation that applies them in its own pass; None where
+        `run` gives nothing of the kind. Leaves the bias to the caller.
     tried: rounds no activations and yet has to win a trial on the device, because it may not run or not pay there.
     """
 
@@ -76,6 +79,7 @@ class Kernel:
     known: Callable[[PackedLinear, torch.device], str | None] = _nothing
     arrange: Callable[[Packed], Packed] | None = None
     takes: Callable[[PackedLinear], Kind | None] = _as_they_are
+    sums: Callable[[PackedLinear, Any], Sums] | None = None
     tried: bool = False
 
     @property
@@ -146,8 +150,19 @@ def run(kernel: Kernel, layer: PackedLinear, x: Tensor | Rounded) -> Tensor:
     """
     if not kernel.rounds_activations:
         return kernel.run(layer, x)
+    return _guarded(kernel.run, kernel, layer, x)
+
+
+def run_unscaled(kernel: Kernel, layer: PackedLinear, x: Tensor | Rounded) -> Sums | Tensor:
+    """The same, before its scales where the kernel can and no bias follows."""
+    if kernel.sums is None or layer.bias is not None:
+        return run(kernel, layer, x)
+    return _guarded(kernel.sums, kernel, layer, x)
+
+
+def _guarded(work: Callable[[PackedLinear, Any], Answer], kernel: Kernel, layer: PackedLinear, x: Any) -> Answer:
     try:
-        return kernel.run(layer, x)
+        return work(layer, x)
     except FAULTS as fault:
         if is_out_of_memory(fault):
             raise

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.ops import compiled_ready
 from shared.quant.kernels import Kernel, register
+from shared.quant.packing import Packed
 from shared.quant.packings import fp8, int8
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     packed = layer.packed
     codes, scale = packed.tensors["codes"], packed.tensors["scale"]
     if isinstance(packed.packing, fp8.Float8):
-        numbers = fp8.decode(codes, packed.packing.kind, x.dtype)
+        numbers = _decoded(layer, x)
     else:
         assert isinstance(packed.packing, int8.Int8)
         numbers = codes.to(x.dtype)
@@ -43,6 +45,20 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
             x = int8.rotate_activations(x, packed.packing.rotation)
     result = F.linear(x, numbers).mul_(scale.to(x.dtype).t())
     return result if layer.bias is None else result.add_(layer.bias)
+
+
+def _decoded(layer: PackedLinear, x: Tensor) -> Tensor:
+    """FP8's codes in x's type; on a CPU by compiled code, in memory that all layers share."""
+    packed = layer.packed
+    assert isinstance(packed.packing, fp8.Float8)
+    codes = packed.tensors["codes"]
+    if not (codes.is_cpu and codes.is_contiguous()) or torch.is_grad_enabled() or compiled_ready.why_not() is not None:
+        return fp8.decode(codes, packed.packing.kind, x.dtype)
+    from shared.quant.kernels.compiled_expand import expand
+
+    out = layer.scratch.take((layer.out_features, layer.in_features), x.dtype, x.device)
+    expand(Packed(packed.packing, packed.shape, {"codes": codes}), out)
+    return out
 
 
 for _packing in ("int8", "fp8"):

@@ -33,7 +33,12 @@ if TYPE_CHECKING:
 def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     packed = layer.packed
     assert isinstance(packed.packing, Svdq)
-    weight = packed.packing.residual(packed.tensors, x.dtype)
+    return with_branch(layer, x, packed.packing.residual(packed.tensors, x.dtype))
+
+
+def with_branch(layer: PackedLinear, x: Tensor, weight: Tensor) -> Tensor:
+    """The layer's product, given the 4-bit part of its weight (N, K) in x's type, which is used up."""
+    packed = layer.packed
     smooth, down, up = (packed.tensors[name].to(x.dtype) for name in ("smooth", "down", "up"))
     rows = len(weight)
     if branch_joins_weight(x, packed.shape):

@@ -9,12 +9,14 @@ to the activations, which levels their outliers too.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shared.ops import compiled_ready
+from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant.kernels import Kernel, register
 from shared.quant.packings import int8
 
@@ -49,8 +51,8 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
     return None
 
 
-def _known(layer: PackedLinear, device: torch.device) -> str | None:
-    """On CPUs with int8 instructions 1.6 to 2.0 times as fast as scale-after: docs/compute.md, "Measured"."""
+def known(layer: PackedLinear, device: torch.device) -> str | None:
+    """See Kernel: with int8 instructions 1.6 to 2.0 times as fast as scale-after: docs/compute.md, "Measured"."""
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return None
     if min(layer.in_features, layer.out_features) < _LARGE:
@@ -60,25 +62,47 @@ def _known(layer: PackedLinear, device: torch.device) -> str | None:
     return None if unit is None else f"measured 1.6 times as fast as expanding, or more, on CPUs with {unit}"
 
 
-def _run(layer: PackedLinear, x: Tensor) -> Tensor:
+def _run(layer: PackedLinear, x: Tensor | Rounded) -> Tensor:
+    result = scaled(_sums(layer, x))
+    return result if layer.bias is None else result.add_(layer.bias)
+
+
+def _sums(layer: PackedLinear, x: Tensor | Rounded) -> Sums:
+    """The product as it comes, before its scales and the bias."""
     packed = layer.packed
     assert isinstance(packed.packing, int8.Int8)
-    flat = x.reshape(-1, layer.in_features)
     if packed.packing.rotation:
-        flat = int8.rotate_activations(flat, packed.packing.rotation)
-    tokens = len(flat)
-    if flat.is_cuda and tokens < _CUDA_TOKENS:
-        flat = F.pad(flat, (0, 0, 0, _CUDA_TOKENS - tokens))
-    codes, scale = round_tokens(flat)
-    sums = torch._int_mm(codes, packed.tensors["codes"].t())
-    result = scaled(sums, scale, packed.tensors["scale"].t(), x.dtype)[:tokens]
-    if layer.bias is not None:
-        result.add_(layer.bias)
-    return result.view(*x.shape[:-1], layer.out_features)
+        assert not isinstance(x, Rounded)
+        x = int8.rotate_activations(x, packed.packing.rotation)
+    return product(x, packed.tensors["codes"], packed.tensors["scale"])
+
+
+def product(x: Tensor | Rounded, codes: Tensor, scale: Tensor) -> Sums:
+    """x (..., K), rounded here unless it is already, times int8 codes (N, K) with scales (N, 1)."""
+    lead = (x.codes if isinstance(x, Rounded) else x).shape[:-1]
+    if isinstance(x, Rounded):
+        left, row = x.codes.view(-1, codes.shape[1]), x.scale
+    else:
+        flat = x.reshape(-1, codes.shape[1])
+        if flat.is_cuda and len(flat) < _CUDA_TOKENS:
+            flat = F.pad(flat, (0, 0, 0, _CUDA_TOKENS - len(flat)))
+        left, row = round_tokens(flat)
+    tokens = lead.numel()
+    sums = torch._int_mm(left, codes.t())[:tokens]
+    return Sums(sums, row[:tokens], scale, torch.Size((*lead, len(codes))), x.dtype)
+
+
+def _takes(layer: PackedLinear) -> Kind | None:
+    """On CPUs int8, unless the activations have to be rotated first."""
+    assert isinstance(layer.packing, int8.Int8)
+    return None if layer.packing.rotation or not layer.packed.tensors["codes"].is_cpu else "int8"
 
 
 def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (T, K) -> int8 codes (T, K) and float32 scales (T, 1); a token of zeros gets zeros."""
+    if (compiled := _compiled(x)) is not None:
+        rounded = compiled.round_rows(x)
+        return rounded.codes, rounded.scale
     codes = x.new_empty(x.shape, dtype=torch.int8)
     scales = x.new_empty(len(x), 1, dtype=torch.float32)
     step = _at_once(x)
@@ -90,13 +114,26 @@ def round_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def scaled(sums: Tensor, row: Tensor, column: Tensor, dtype: torch.dtype) -> Tensor:
-    """sums (T, N) int32 * row (T, 1) * column (1, N), float32, in `dtype`."""
-    result = sums.new_empty(sums.shape, dtype=dtype)
-    step = _at_once(sums)
-    for some, out, factor in zip(sums.split(step), result.split(step), row.split(step), strict=True):
+def scaled(sums: Sums) -> Tensor:
+    """The numbers that the sums stand for."""
+    if (compiled := _compiled(sums.sums)) is not None:
+        numbers: Tensor = compiled.scaled(sums)
+        return numbers
+    whole = sums.sums
+    result = whole.new_empty(whole.shape, dtype=sums.dtype)
+    column, step = sums.column.t(), _at_once(whole)
+    for some, out, factor in zip(whole.split(step), result.split(step), sums.row.split(step), strict=True):
         out.copy_(some.float().mul_(factor).mul_(column))
-    return result
+    return result.view(sums.shape)
+
+
+def _compiled(x: Tensor) -> Any:
+    """The module with one pass for each of these, None where it does not serve."""
+    if not x.is_cpu or torch.is_grad_enabled() or compiled_ready.why_not() is not None:
+        return None
+    from shared.ops import compiled
+
+    return compiled
 
 
 def _at_once(x: Tensor) -> int:
@@ -104,4 +141,16 @@ def _at_once(x: Tensor) -> int:
     return max(_CACHED // x.shape[1], 1) if x.is_cpu else max(len(x), 1)
 
 
-register(Kernel(name="torch-int8", packing="int8", compute="int8", priority=10, refuse=_refuse, run=_run, known=_known))
+register(
+    Kernel(
+        name="torch-int8",
+        packing="int8",
+        compute="int8",
+        priority=10,
+        refuse=_refuse,
+        run=_run,
+        known=known,
+        takes=_takes,
+        sums=_sums,
+    )
+)

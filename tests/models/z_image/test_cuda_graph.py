@@ -18,9 +18,16 @@ from models.z_image.request import GenerateRequest
 from models.z_image.transformer import Captions, Nag, ZImageTransformer
 from models.z_image.z_image_main import model_factory
 from tests.support.fake_graphs import FakeRecorder
+from tests.support.only_torch import only_torch
 from tests.support.tiny_model import TINY, randomise
 
 TIMES = torch.tensor([0.1, 0.4, 0.7, 0.9])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _by_torch() -> Iterator[None]:
+    with only_torch():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ import torch
 from models.z_image.z_image_main import model_factory
 from shared.app.offload import MIB, PROFILES, DirectPlacement, Offloader, Profile, weight_bytes
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.only_torch import only_torch
 
 # Two captions of different length at once, a batch, guidance, and an oblong picture decoded in tiles.
 REQUEST: dict[str, Any] = {
@@ -40,6 +41,12 @@ def load(folder: Path) -> model_factory:
 
 def modules_of(model: model_factory) -> dict[str, torch.nn.Module]:
     return {"transformer": model.transformer, "text_encoder": model.text_encoder, "vae": model.vae}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _by_torch() -> Iterator[None]:
+    with only_torch():
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ from models.z_image.modulation import Factors, Moment, Timetable
 from models.z_image.transformer import Block, ZImageTransformer
 from shared.quant.linear import PackedLinear
 from shared.quant.packings import int8
+from tests.support.only_torch import only_torch
 from tests.support.tiny_model import TINY, randomise, relative_error
 
 BFLOAT16 = torch.bfloat16
@@ -44,10 +45,15 @@ def test_it_gives_the_modules_bits(dtype: torch.dtype, packed: bool, monkeypatch
         codes, scale = int8.quantize(feed_forward.w13.weight)
         feed_forward.w13 = PackedLinear(int8.pack(codes, scale), None, dtype)
 
-    found = answer(model)
+    with only_torch():
+        found = answer(model)
+    compiled = answer(model)
     monkeypatch.setattr(straight, "serves", lambda *args: False)
 
-    assert torch.equal(found, answer(model))
+    with only_torch():
+        expected = answer(model)
+    assert torch.equal(found, expected)
+    assert relative_error(compiled, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
 def test_a_bfloat16_networks_stream_is_no_further_from_float32_than_one_of_bfloat16(

@@ -65,8 +65,8 @@ def test_each_layer_gets_its_kernel_and_the_report_says_why(make: MakeLayer) -> 
 
     assert (of_int8.packing, of_int8.kernel, of_int8.compute, of_int8.layers) == ("int8", "torch-int8", "int8", 2)
     assert "avx512_vnni" in str(of_int8)
-    assert (of_nvfp4.kernel, of_nvfp4.compute, of_nvfp4.layers) == ("dequantize", "bf16", 1)
-    assert [r.kernel for r in of_nvfp4.refusals] == ["comfy-nvfp4", "triton-int8", "triton-fp8", "triton-expand"]
+    assert (of_nvfp4.kernel, of_nvfp4.compute, of_nvfp4.layers) == ("compiled-int8", "int8", 1)
+    assert [r.kernel for r in of_nvfp4.refusals] == ["comfy-nvfp4", "triton-int8", "triton-fp8"]
     assert {r.reason for r in of_nvfp4.refusals} == {"needs an NVIDIA GPU, the device is cpu"}
     assert "cpu: torch-int8" in repr(model[0])
 
@@ -148,7 +148,7 @@ def test_a_trial_finds_out_failing_and_slow_kernels(make: MakeLayer) -> None:
 
     assert try_out(fast(fail), layer, CPU)[0] == "fails here (no kernel image is available)"
     refusal, _ = try_out(fast(dawdle), layer, CPU)
-    assert str(refusal).startswith("slower:") and "of dequantize on this device; --compute native takes it" in str(
+    assert str(refusal).startswith("slower:") and "of compiled-bf16 on this device; --compute native takes it" in str(
         refusal
     )
     layer.compute = "native"
@@ -217,7 +217,8 @@ def test_a_full_memory_is_not_blamed_on_a_kernel(make: MakeLayer) -> None:
         (pack_int8, "bf16", "scale-after"),
         (pack_fp8, "fp8", "torch-fp8"),
         (pack_fp8, "bf16", "scale-after"),
-        (pack_nvfp4, "bf16", "dequantize"),
+        (pack_nvfp4, "bf16", "compiled-bf16"),
+        (pack_nvfp4, "int8", "compiled-int8"),
     ],
 )
 def test_a_lora_adds_the_same_on_every_kernel(
@@ -250,7 +251,7 @@ def test_a_kernel_that_must_prove_itself_is_taken_after_a_trial_only(make: MakeL
     untried, won = kernels.select(layer, CPU), kernels.select(layer, CPU, lambda _k, _l, _d: (None, "it won"))
     lost = kernels.select(layer, CPU, lambda _k, _l, _d: ("slower", ""))
 
-    assert (untried.kernel.name, won.kernel.name, lost.kernel.name) == ("dequantize", "new", "dequantize")
+    assert (untried.kernel.name, won.kernel.name, lost.kernel.name) == ("compiled-bf16", "new", "compiled-bf16")
     assert won.reason == "it won"
     assert "not tried on this device" in [r.reason for r in untried.refusals if r.kernel == "new"]
 

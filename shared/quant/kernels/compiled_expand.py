@@ -1,0 +1,223 @@
+"""Packed weights on a CPU, unpacked by compiled code for every product: into int8 codes, or into bfloat16.
+
+    compiled-int8   y = (round(x) codes^T) * scale_x * scale      codes, scale: the unpacked rows, rounded to 8 bits
+    compiled-bf16   y = x W^T                                     nothing is rounded but W to bfloat16
+
+Rounding a row of 4-bit numbers to 8 bits adds an error a tenth of theirs. Unpacking takes 0.15 to 1.2 ns a number
+(plain torch: 0.5 to 3.4), so that a 4-bit weight is multiplied about as fast as an int8 one, and stays packed: what is
+unpacked goes into memory that all layers share (scratch.py). SVDQuant's branch is added in bfloat16 as svdq.py does.
+
+A packing is one line in _ROWS: which loop of compiled_rows.py unpacks it, and what that is called with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shared.ops import compiled_ready
+from shared.ops.rounding import Kind, Rounded, Sums
+from shared.quant.gguf_file import BLOCKS
+from shared.quant.kernels import Kernel, register, torch_int8
+from shared.quant.packings.fp8 import Float8
+from shared.quant.packings.gguf import GgufBlocks
+from shared.quant.packings.mxfp8 import Mxfp8
+from shared.quant.packings.nvfp4 import BLOCK as NVFP4_BLOCK
+from shared.quant.packings.nvfp4 import Nvfp4
+from shared.quant.packings.svdq import Svdq
+
+if TYPE_CHECKING:
+    from shared.quant.linear import PackedLinear
+    from shared.quant.packing import Packed
+
+
+class _Rows(NamedTuple):
+    """How rows are unpacked: the name of a loop in compiled_rows.py, and its arguments between n and the output.
+
+    held: tensors whose addresses those are, until the loop is done.
+    """
+
+    loop: str
+    arguments: tuple[Any, ...]
+    held: tuple[Tensor, ...]
+
+
+# The tensors that are read where they lie; of the others, a few numbers for each row, a copy costs nothing.
+_LARGE = ("codes", "block_scales", "scales", "exponents", "blocks")
+
+
+def _nvfp4(packed: Packed) -> _Rows | str:
+    assert isinstance(packed.packing, Nvfp4)
+    if packed.packing.swizzled or packed.packing.columns is not None:
+        return "its blocks do not end where the matrix does, or lie in another kernel's order"
+    from shared.quant.kernels import compiled_rows as rows
+
+    codes, blocks, row = (packed.tensors[name] for name in ("codes", "block_scales", "tensor_scale"))
+    row = row.expand(packed.shape[0], 1).contiguous()
+    arguments = (codes.data_ptr(), -1, True, blocks.data_ptr(), rows.E4M3, NVFP4_BLOCK, row.data_ptr())
+    return _Rows("nibbles", arguments, (codes, blocks, row))
+
+
+def _svdq(packed: Packed) -> _Rows | str:
+    """The 4-bit part of the smoothed weight."""
+    packing, tensors = packed.packing, packed.tensors
+    if not isinstance(packing, Svdq):
+        return "its codes lie in another kernel's tiles"
+    from shared.quant.kernels import compiled_rows as rows
+
+    codes, scales, row = tensors["codes"], tensors["scales"], tensors["row_scale"].contiguous()
+    kinds = {torch.float8_e4m3fn: rows.E4M3, torch.float16: rows.HALF, torch.bfloat16: rows.BRAIN}
+    if scales.dtype not in kinds:
+        return f"its scales are {scales.dtype}"
+    group = packed.shape[1] // scales.shape[1]
+    kind = rows.INT4 if packing.kind == "int4" else -1
+    arguments = (codes.data_ptr(), kind, False, scales.data_ptr(), kinds[scales.dtype], group, row.data_ptr())
+    return _Rows("nibbles", arguments, (codes, scales, row))
+
+
+def _fp8(packed: Packed) -> _Rows | str:
+    from shared.quant.kernels import compiled_rows as rows
+
+    assert isinstance(packed.packing, Float8)
+    codes, scale = packed.tensors["codes"], packed.tensors.get("scale")
+    kind = rows.E4M3 if packed.packing.kind == "e4m3fn" else rows.E5M2
+    if scale is None:
+        return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, False, 0), (codes,))
+    scale = scale.contiguous()
+    arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], len(scale) > 1, 0)
+    return _Rows("floats8", arguments, (codes, scale))
+
+
+def _mxfp8(packed: Packed) -> _Rows | str:
+    assert isinstance(packed.packing, Mxfp8)
+    if packed.packing.swizzled or packed.packing.columns is not None:
+        return "its blocks do not end where the matrix does, or lie in another kernel's order"
+    from shared.quant.kernels import compiled_rows as rows
+
+    codes, exponents = packed.tensors["codes"], packed.tensors["exponents"]
+    arguments = (codes.data_ptr(), rows.E4M3, 0, exponents.shape[1], False, exponents.data_ptr())
+    return _Rows("floats8", arguments, (codes, exponents))
+
+
+def _gguf(packed: Packed, loop: str, *more: Any) -> _Rows | str:
+    assert isinstance(packed.packing, GgufBlocks)
+    if packed.shape[1] % BLOCKS[packed.packing.type][0]:
+        return "its blocks run on from row to row"
+    blocks = packed.tensors["blocks"]
+    return _Rows(loop, (blocks.data_ptr(), *more), (blocks,))
+
+
+_ROWS: Mapping[str, Callable[[Packed], _Rows | str]] = {
+    "nvfp4": _nvfp4, "svdq": _svdq, "fp8": _fp8, "mxfp8": _mxfp8,
+    "gguf_q8_0": partial(_gguf, loop="q8_0"),
+    "gguf_q4_0": lambda packed: _gguf(packed, "q4", False), "gguf_q4_1": lambda packed: _gguf(packed, "q4", True),
+    "gguf_q5_0": lambda packed: _gguf(packed, "q5", False), "gguf_q5_1": lambda packed: _gguf(packed, "q5", True),
+    "gguf_q4_k": lambda packed: _gguf(packed, "q45_k", False), "gguf_q5_k": lambda packed: _gguf(packed, "q45_k", True),
+    "gguf_q6_k": partial(_gguf, loop="q6_k"), "gguf_q3_k": partial(_gguf, loop="q3_k"),
+    "gguf_q2_k": partial(_gguf, loop="q2_k"),
+}  # fmt: skip
+
+
+def expand(packed: Packed, out: Tensor) -> Tensor | None:
+    """Unpack the matrix into `out` (rows, columns), contiguous: float32, bfloat16, or int8 codes.
+
+    Returns the codes' scales (rows, 1) float32, None for numbers. Of SVDQuant's weight this is the 4-bit part. Raises
+    ValueError for a weight that _ROWS does not unpack.
+    """
+    from shared.ops import compiled
+    from shared.quant.kernels import compiled_rows
+
+    found = _ROWS[packed.packing.name](packed)
+    if isinstance(found, str):
+        raise ValueError(found)
+    rows, columns = packed.shape
+    scales = torch.empty(rows, 1) if out.dtype == torch.int8 else None
+    compiled.over_rows(
+        getattr(compiled_rows, found.loop), rows, columns, *found.arguments,
+        out.data_ptr(), compiled.kind_of(out), 0 if scales is None else scales.data_ptr(),
+    )  # fmt: skip
+    return scales
+
+
+def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"is for CPUs, the device is {device.type}"
+    if layer.weight.dtype == torch.float16:
+        return "for activations in bfloat16 or float32"
+    if not all(tensor.is_contiguous() for name, tensor in layer.packed.tensors.items() if name in _LARGE):
+        return "its tensors do not lie row after row"
+    if (reason := compiled_ready.why_not()) is not None:
+        return reason
+    found = _ROWS[layer.packing.name](layer.packed)
+    return found if isinstance(found, str) else None
+
+
+def _refuse_bf16(layer: PackedLinear, device: torch.device) -> str | None:
+    scale = layer.packed.tensors.get("scale")
+    if isinstance(layer.packing, Float8) and scale is not None and scale.shape[1] == 1:
+        return "scaling the result rounds less"
+    return _refuse(layer, device)
+
+
+def _run_int8(layer: PackedLinear, x: Tensor | Rounded) -> Tensor:
+    packed = layer.packed
+    if not isinstance(packed.packing, Svdq):
+        result = torch_int8.scaled(_sums(layer, x))
+        return result if layer.bias is None else result.add_(layer.bias)
+    assert isinstance(x, Tensor)
+    from shared.ops import compiled
+
+    down, up = (packed.tensors[name].to(x.dtype) for name in ("down", "up"))
+    smoothed = compiled.round_rows(x.contiguous(), packed.tensors["smooth"].float().reciprocal_())
+    result = torch_int8.scaled(_sums(layer, smoothed)).view(-1, layer.out_features)
+    result.addmm_(F.linear(x, down).view(-1, len(down)), up.t())
+    if layer.bias is not None:
+        result.add_(layer.bias)
+    return result.view(*x.shape[:-1], layer.out_features)
+
+
+def _sums(layer: PackedLinear, x: Tensor | Rounded) -> Sums:
+    codes = layer.scratch.take((layer.out_features, layer.in_features), torch.int8, torch.device("cpu"))
+    scale = expand(layer.packed, codes)
+    assert scale is not None
+    return torch_int8.product(x, codes, scale)
+
+
+def _run_bf16(layer: PackedLinear, x: Tensor) -> Tensor:
+    packed = layer.packed
+    weight = layer.scratch.take((layer.out_features, layer.in_features), x.dtype, x.device)
+    expand(packed, weight)
+    if not isinstance(packed.packing, Svdq):
+        return F.linear(x, weight, layer.bias)
+    from shared.quant.kernels import svdq
+
+    return svdq.with_branch(layer, x, weight)
+
+
+def _takes(_layer: PackedLinear) -> Kind | None:
+    return "int8"
+
+
+for _packing in _ROWS:
+    _is_split = _packing == "svdq"  # its branch reads the activations as they are
+    register(
+        Kernel(
+            name="compiled-int8",
+            packing=_packing,
+            compute="int8",
+            priority=10,
+            refuse=_refuse,
+            run=_run_int8,
+            known=torch_int8.known,
+            takes=(lambda _layer: None) if _is_split else _takes,
+            sums=None if _is_split else _sums,
+        )
+    )
+    register(
+        Kernel(name="compiled-bf16", packing=_packing, compute="bf16", priority=20, refuse=_refuse_bf16, run=_run_bf16)
+    )
