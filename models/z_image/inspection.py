@@ -34,7 +34,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What the file is if it belongs to this family, else None.
 
     Keys: kind (transformer, control, text_encoder, vae, lora, or checkpoint for all in one), summary, naming, prefix,
-    sizes, formats (how the weights are kept -> layers; plain number types too), problems.
+    sizes, formats (how the weights are kept -> layers; plain number types too), problems. A transformer's like: the
+    preset whose settings it takes, "" where tensors do not tell.
     """
     for judge in (_transformer, _control, _lora, _text_encoder, _vae):
         found = judge(checkpoint)
@@ -68,10 +69,16 @@ def _transformer(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "naming": "diffusers" if any(n.endswith("layers.0.attention.norm_q.weight") for n in tensors) else "official",
         "prefix": prefix,
         "contains": ["transformer", *parts],
+        "like": _preset_like(sizes) if published and not is_omni else "",
         "sizes": sizes,
         "formats": formats,
         "problems": problems,
     }
+
+
+def _preset_like(sizes: Mapping[str, Any]) -> str:
+    """Whose settings a network of the published sizes takes. Turbo and Base have the same tensors: Turbo's."""
+    return "z_image_twinflow_turbo" if sizes.get("has_second_time") else "z_image"
 
 
 def _formats(layers: Iterable[Layer]) -> tuple[dict[str, int], list[str]]:

@@ -8,9 +8,12 @@ import json
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.cli.parser import overrides_of
+from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
@@ -79,7 +82,11 @@ def generate(ctx: AppContext, args: argparse.Namespace) -> int:
 
 
 def presets(ctx: AppContext, args: argparse.Namespace) -> int:
-    """List the presets that are shown, by family."""
+    """List the presets that are shown, by family; with --add, make some first, and list only these."""
+    if args.add:
+        return _add_presets(ctx, args)
+    if args.like:
+        raise UserError("--like is whose settings the presets of --add take.", "Add --add FILE.")
     groups = ctx.presets.grouped()
     if args.json:
         _print_json([preset_dict(ctx, preset) for _, group in groups for preset in group], indent=2)
@@ -95,6 +102,21 @@ def presets(ctx: AppContext, args: argparse.Namespace) -> int:
                 indent = " " * (width + 4)
                 print(textwrap.fill(preset.description, _TEXT_WIDTH, initial_indent=indent, subsequent_indent=indent))
     return DONE
+
+
+def _add_presets(ctx: AppContext, args: argparse.Namespace) -> int:
+    """Make a preset of each file; returns the exit code, 1 when none came of it."""
+    from shared.app.adding import add_presets
+
+    added = add_presets(ctx, [Path(name).expanduser() for name in args.add], args.like)
+    if args.json:
+        _print_json([{**asdict(found), "file": str(found.file)} for found in added], indent=2)
+    for found in () if args.json else added:
+        print(found.file)
+        print(f"  {found.summary.removeprefix(f'{found.file}: ')}; {found.words}")
+        if found.preset:
+            print(f"  draw with it: wgp.py generate PROMPT --preset {found.preset}")
+    return DONE if any(found.preset for found in added) else BROKEN
 
 
 def doctor(ctx: AppContext, args: argparse.Namespace) -> int:

@@ -257,6 +257,14 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_presets(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--add", metavar="PATH", nargs="+", default=[],
+        help="make presets of transformers and all-in-one checkpoints that lie there, files or folders, in finetunes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--like", metavar="ID", default="",
+        help="preset whose settings these take, such as z_image_base (default: what the tensors say, else z_image)",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a JSON array")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from shared.app.presets import Preset
 
 FINETUNES = "finetunes"
+
+# Place in "gigabytes" -> the key of "model" whose files it speaks of.
+_KEYS = {"transformer": "URLs", "modules": "modules", "text_encoder": "text_encoder_URLs", "VAE": "VAE_URLs"}
 
 
 def preset_like(ctx: AppContext, request: QuantizeRequest, kind: str) -> Preset | None:
@@ -43,23 +47,43 @@ def _user_of(ctx: AppContext, request: QuantizeRequest, kind: str) -> Preset | N
 
 def register(ctx: AppContext, like: Preset, request: QuantizeRequest, recipe: Recipe, kind: str, output: Path) -> str:
     """Write a preset for the new file into finetunes/; returns its id. output: what of it is opened."""
-    merged: dict[str, Any] = {"model": {}}
-    for path in like.files:
-        found = read_json_object(path)
-        merged = merged | found | {"model": merged["model"] | found.get("model", {})}
     url = str(output.resolve())
     parts = {"text_encoder_URLs": request.text_encoder, "VAE_URLs": request.vae}
-    merged["model"] |= {
+    changes: dict[str, Any] = {
         "name": f"{like.name}, {recipe.path.stem}",
         "description": f"Converted from {request.source.name} by the recipe {recipe.path.stem}.",
         **({"modules": [[url]]} if kind == CONTROL else {"URLs": [url]}),
         **{key: [url] for key, file in parts.items() if file is not None},
     }
-    base = re.sub(r"[^a-z0-9]+", "_", request.output.stem.lower()).strip("_") or "converted"
+    return write_preset(ctx, like, request.output.stem, changes)
+
+
+def write_preset(ctx: AppContext, like: Preset, name: str, changes: Mapping[str, Any]) -> str:
+    """Write `like` with other keys of its "model" into finetunes/; returns the id, made from the name.
+
+    A preset of that id that has the same files is replaced; with others, the new one gets a number.
+    """
+    merged: dict[str, Any] = {"model": {}}
+    for path in like.files:
+        found = read_json_object(path)
+        merged = merged | found | {"model": merged["model"] | found.get("model", {})}
+    # What the other preset's files weigh is not what these do, which are here to be weighed.
+    stated = {
+        place: size for place, size in merged["model"].get("gigabytes", {}).items() if _KEYS[place] not in changes
+    }
+    merged["model"] |= {**changes, "gigabytes": stated}
+    if not stated:
+        del merged["model"]["gigabytes"]
+    base = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "converted"
     folder = ctx.root / FINETUNES
     folder.mkdir(exist_ok=True)
+    files = [url for key in ("URLs", "modules") for url in changes.get(key, ())]
     names = [base, *(f"{base}_{number}" for number in range(2, 1000))]
-    known = {name: ((*p.urls,), *p.modules) for name, p in ctx.presets.presets.items()}
-    preset_id = next(name for name in names if name not in known or (url,) in known[name])
+    known = {name: [p.urls, *p.modules] for name, p in ctx.presets.presets.items()}
+    preset_id = next(name for name in names if name not in known or all(_one_file(url) in known[name] for url in files))
     write_json(folder / f"{preset_id}.json", merged)
     return preset_id
+
+
+def _one_file(url: str | list[str]) -> tuple[str, ...]:
+    return (url,) if isinstance(url, str) else tuple(url)
