@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.z_image.cpu_attention import multiplies_bfloat16
-from models.z_image.vae_names import diffusers_names
+from models.z_image.vae_names import CONFIG_KEY, diffusers_names
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import PLAIN_DTYPES
@@ -54,7 +54,7 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
 
     checkpoint = Checkpoint.open(path)
     tensors = {name: checkpoint.tensors[given] for name, given in diffusers_names(checkpoint.tensors).items()}
-    config = _sizes(checkpoint, tensors) | _given_config(checkpoint)
+    config = _sizes(checkpoint, tensors) | given_config(checkpoint)
     with init_empty_weights(include_buffers=False):
         model = AutoencoderKL(**config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -126,7 +126,29 @@ def quick_decoder(vae: Module) -> Module | None:
     for block, exact in zip(quick.up_blocks, vae.decoder.up_blocks, strict=True):
         if block.upsamplers is not None:
             block.upsamplers[0] = _Doubling(block.upsamplers[0].conv, exact.upsamplers[0].conv.weight)
+    for part in list(quick.modules()):
+        for name, conv in part.named_children():
+            if type(conv) is nn.Conv2d and conv.weight.dtype == torch.bfloat16:
+                setattr(part, name, _LaidOut(conv))
     return quick
+
+
+class _LaidOut(nn.Module):
+    """A convolution whose weight lies as oneDNN reads it; torch would lay it out anew at every call.
+
+    The same bits. At 128x128 pixels that takes 5 to 12 % of a convolution's time.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.out_channels = conv.out_channels
+        self._how: Any = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self._how)
+        self.bias = conv.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._how, "none", [], "")
+        return result
 
 
 class _Doubling(nn.Module):
@@ -145,14 +167,17 @@ class _Doubling(nn.Module):
         self.conv = conv
         sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=weight.dtype, device="cpu")
         phases = torch.einsum("apy,bqx,oiyx->aboipq", sums, sums, weight).flatten(0, 2)
+        places = nn.Conv2d(conv.in_channels, len(phases), 2, padding=1, bias=conv.bias is not None, device="meta")
         kept = phases.to(conv.weight.dtype, memory_format=torch.channels_last)
-        self.weight = nn.Parameter(kept, requires_grad=False)
-        self.bias = None if conv.bias is None else nn.Parameter(conv.bias.repeat(4), requires_grad=False)
+        places.weight = nn.Parameter(kept, requires_grad=False)
+        if conv.bias is not None:
+            places.bias = nn.Parameter(conv.bias.repeat(4), requires_grad=False)
+        self.places = places
 
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         channels = self.conv.out_channels
-        places = F.conv2d(x, self.weight, self.bias, padding=1)
+        places: Tensor = self.places(x)
         out = torch.empty(
             (batch, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
@@ -257,9 +282,18 @@ def _windows(shape: torch.Size, side: int) -> Iterator[Window]:
             yield slice(row, min(row + side, height)), slice(column, min(column + side, width))
 
 
-def _given_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Scaling, shift and norm groups from a JSON beside the file."""
+def given_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Scaling, shift and norm groups, which tensors do not tell: from the header (CONFIG_KEY), a JSON beside the file.
+
+    {} where nobody says. Raises CheckpointError for what is no JSON.
+    """
     keys = ("scaling_factor", "shift_factor", "norm_num_groups")
+    if CONFIG_KEY in checkpoint.metadata:
+        try:
+            said = json.loads(checkpoint.metadata[CONFIG_KEY])
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{checkpoint.path}: {CONFIG_KEY} in its header is no JSON ({error}).") from error
+        return {k: said[k] for k in keys if k in said} if isinstance(said, dict) else {}
     for path in (
         checkpoint.path.with_name(f"{checkpoint.path.stem}_config.json"),
         checkpoint.path.with_name("config.json"),

@@ -226,6 +226,26 @@ def qk_norm_rope(
 
 
 @kernel
+def _exp(x):
+    """e^x within float32's rounding, for x held between -87 and 87."""
+    if x > _EXP_LIMIT:
+        x = _EXP_LIMIT
+    if x < -_EXP_LIMIT:
+        x = -_EXP_LIMIT
+    whole = np.floor(x * _PER_LN2 + np.float32(0.5))
+    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
+    power = np.float32(1 / 5040)
+    power = power * rest + np.float32(1 / 720)
+    power = power * rest + np.float32(1 / 120)
+    power = power * rest + np.float32(1 / 24)
+    power = power * rest + np.float32(1 / 6)
+    power = power * rest + np.float32(1 / 2)
+    power = power * rest + np.float32(1)
+    power = power * rest + np.float32(1)
+    return power * number(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
+
+
+@kernel
 def swiglu(first, last, n, w13, kind, factors, columns, out, out_kind, out_scales):
     """silu(first n columns) * last n columns."""
     row = np.empty(2 * n, np.float32)
@@ -233,23 +253,7 @@ def swiglu(first, last, n, w13, kind, factors, columns, out, out_kind, out_scale
     for r in range(first, last):
         read_row(row, kind, w13, r, _factor(kind, factors, r), columns)
         for i in range(n):
-            x = -gate[i]
-            if x > _EXP_LIMIT:
-                x = _EXP_LIMIT
-            if x < -_EXP_LIMIT:
-                x = -_EXP_LIMIT
-            whole = np.floor(x * _PER_LN2 + np.float32(0.5))
-            rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
-            power = np.float32(1 / 5040)
-            power = power * rest + np.float32(1 / 720)
-            power = power * rest + np.float32(1 / 120)
-            power = power * rest + np.float32(1 / 24)
-            power = power * rest + np.float32(1 / 6)
-            power = power * rest + np.float32(1 / 2)
-            power = power * rest + np.float32(1)
-            power = power * rest + np.float32(1)
-            power *= number(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
-            gate[i] = gate[i] / (np.float32(1) + power) * value[i]
+            gate[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * value[i]
         write_row(gate, out_kind, out, r, out_scales)
 
 

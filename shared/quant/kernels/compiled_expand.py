@@ -203,8 +203,13 @@ def _takes(_layer: PackedLinear) -> Kind | None:
     return "int8"
 
 
+def _never_known(_layer: PackedLinear, _device: torch.device) -> str | None:
+    return None
+
+
 for _packing in _ROWS:
     _is_split = _packing == "svdq"  # its branch reads the activations as they are
+    _is_fine = _packing == "gguf_q8_0"  # rounded more finely than int8 activations are: only for who asks for int8
     register(
         Kernel(
             name="compiled-int8",
@@ -213,7 +218,7 @@ for _packing in _ROWS:
             priority=10,
             refuse=_refuse,
             run=_run_int8,
-            known=torch_int8.known,
+            known=_never_known if _is_fine else torch_int8.known,
             takes=(lambda _layer: None) if _is_split else _takes,
             sums=None if _is_split else _sums,
         )

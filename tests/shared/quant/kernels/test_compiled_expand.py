@@ -167,7 +167,10 @@ def test_auto_multiplies_large_layers_in_int8_where_the_cpu_can(monkeypatch: pyt
     large = PackedLinear(nvfp4(), None, torch.bfloat16)
     wide = PackedLinear(nvfp4(), None, torch.float32)
 
+    fine = PackedLinear(blocks("Q8_0"), None, torch.bfloat16)
+
     assert kernels.select(large, CPU).kernel.name == "compiled-int8"
+    assert kernels.select(fine, CPU).kernel.name == "compiled-bf16"  # int8 activations would be the coarser ones
     assert kernels.select(wide, CPU).kernel.name == "compiled-bf16"  # whose activations nobody asked to round
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {})
     assert kernels.select(large, CPU).kernel.name == "compiled-bf16"
