@@ -176,7 +176,7 @@ class FileStore:
         return self.program_folder / address.removeprefix("file:").removeprefix("//")
 
     def _find_path(self, path: str, subfolder: str) -> Path | None:
-        local = Path(path).expanduser()
+        local = Path(os.path.expanduser(path))  # Path.expanduser raises where there is no such user
         if local.is_absolute():
             return _existing(local)
         places = (*(root / local for root in self.roots), self.program_folder / local)
@@ -302,15 +302,15 @@ class _Listing:
         return self._files.get(key, [])
 
     def _list(self) -> None:
-        self._files = {}
+        files: dict[str, list[Path]] = {}  # other threads look into the old listing until this one is whole
         for visited, (folder, subfolders, names) in enumerate(os.walk(self._root, followlinks=True), start=1):
             depth = len(Path(folder).relative_to(self._root).parts)
             if depth >= SEARCH_DEPTH or visited >= SEARCH_FOLDERS:
                 subfolders.clear()
             subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__")))
             for name in names:
-                self._files.setdefault(name.lower(), []).append(Path(folder, name))
-        self._listed = time.monotonic()
+                files.setdefault(name.lower(), []).append(Path(folder, name))
+        self._files, self._listed = files, time.monotonic()
 
 
 class _Remembered:
@@ -394,7 +394,10 @@ def _repository_place(file: HubFile) -> Path:
 
 
 def _name_in(url: str) -> str:
-    return PurePosixPath(urlsplit(url).path).name
+    try:
+        return PurePosixPath(urlsplit(url).path).name
+    except ValueError:  # no address at all: "https://[..."
+        return PurePosixPath(url).name
 
 
 def _checked(subfolder: str) -> Path:
@@ -405,12 +408,12 @@ def _checked(subfolder: str) -> Path:
 
 
 def _existing(path: Path) -> Path | None:
-    return path if path.exists() else None
+    return path if os.path.exists(path) else None  # Path.exists raises where a name is too long
 
 
 def _whole_file(path: Path) -> Path | None:
     """The path if it is a file with content (links into nowhere and empty leftovers are not)."""
-    return path if path.is_file() and path.stat().st_size > 0 else None
+    return path if os.path.isfile(path) and path.stat().st_size > 0 else None
 
 
 def _common_end(path: Path, like: str) -> int:

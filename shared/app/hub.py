@@ -87,7 +87,10 @@ def parse_hub_url(url: str, endpoint: str = HUB) -> HubFile | None:
 
     Returns None for any other address. Raises UserError for a path that would leave its folder.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # "https://[...": no address at all
+        return None
     if parts.scheme not in ("http", "https") or parts.netloc not in HUB_HOSTS | {urlsplit(endpoint).netloc}:
         return None
     match parts.path.removeprefix(urlsplit(endpoint).path).strip("/").split("/", 4):

@@ -39,6 +39,7 @@ from shared.app.presets import Preset
 from shared.app.prompts import WILDCARD_FOLDER, pictures
 from shared.app.retry import DOING, free_memory, given_up
 from shared.app.settings import MAX_SEED
+from shared.preprocess import Preprocessor
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import NumbersError, RunError, UserError, is_out_of_memory
 
@@ -140,7 +141,7 @@ class Run:
             self._fetch(plan.missing)
             # Planned again: now the sizes are known, and with them the memory profile.
             plan = make_plan(self._ctx, self._preset, self._settings, plan.machine, relief)
-        edit = edit.with_preprocessor(fetch(self._ctx.files, self._settings.edit))
+        edit = edit.with_preprocessor(self._fetch_preprocessor())
         self._stop_if_asked()
         hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
         self._seconds["load"] = planned - began
@@ -283,6 +284,15 @@ class Run:
                 on_progress=lambda progress: self._announce(Downloading(progress)),
                 should_stop=self._should_stop,
             )
+
+    def _fetch_preprocessor(self) -> Preprocessor:
+        """What makes the control picture, its model downloaded first where it has one."""
+        return fetch(
+            self._ctx.files,
+            self._settings.edit,
+            on_progress=lambda progress: self._announce(Downloading(progress)),
+            should_stop=self._should_stop,
+        )
 
     def _draw_one(
         self, plan: GenerationPlan, model: LoadedModel, edit: Edit, index: int, clock: _Clock

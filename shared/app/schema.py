@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 from shared.app.host_keys import HOST_MODEL_KEYS, HOST_SETTING_KEYS, RECORD_KEYS
 from shared.quant.errors import UserError
 
+_LARGEST = int(sys.float_info.max)  # JSON's whole numbers may be longer than that
 SETTINGS_VERSION = 2.74  # schema of Wan2GP 12.60, whose key names are used
 
 
@@ -43,7 +45,7 @@ class Key:
 def _is_number(value: Any) -> bool:
     if isinstance(value, float):
         return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _is_whole(value: Any) -> bool:
@@ -263,6 +265,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}).", "Save the file as UTF-8.") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: its brackets are nested too deep.", "Correct the file, or move it away.") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{path}: not usable JSON ({error}).", "Correct the file, or move it away.") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     if not isinstance(value, dict):

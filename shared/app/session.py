@@ -30,7 +30,8 @@ class ModelSession:
         self._model = ModelHolder(ctx)
         self._reliefs: dict[tuple[Any, ...], Relief] = {}  # what memory that ran out has taught, see run.py
         self._one_at_a_time = threading.Lock()
-        self._stops: list[threading.Event] = []  # of the calls that have not returned, the running one first
+        self._stops: list[threading.Event] = []  # of the calls that have not returned
+        self._running: threading.Event | None = None  # which of them draws: not always the one that came first
 
     def plan(self, preset: Preset | str, settings: GenerationSettings) -> GenerationPlan:
         """What `generate` would use and fetch. Loads nothing; needs no torch on Linux without a GPU."""
@@ -73,9 +74,11 @@ class ModelSession:
             while not self._one_at_a_time.acquire(timeout=_POLL_SECONDS):
                 if stopped():
                     return run.result(cancelled=True)
+            self._running = stop
             try:
                 return run(output)
             finally:
+                self._running = None
                 self._one_at_a_time.release()
         finally:
             self._stops.remove(stop)
@@ -114,8 +117,9 @@ class ModelSession:
 
     def cancel(self) -> None:
         """Stop the running generation within one step; from any thread. Does nothing when none runs."""
-        for stop in self._stops[:1]:
-            stop.set()
+        running = self._running or next(iter(self._stops), None)  # one that is about to run
+        if running is not None:
+            running.set()
             self._model.interrupt()
 
     def release(self) -> None:

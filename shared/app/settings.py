@@ -109,6 +109,8 @@ class GenerationSettings:
         values = {
             key: require_setting("settings", key, merged[key]) for key in SETTING_KEYS if merged.get(key) is not None
         }
+        for key in ("prompt", "negative_prompt"):
+            _require_text(key, values[key])
         for key, (lowest, highest) in _RANGES.items():
             _require_range(key, values[key], lowest, highest)
         width, height = parse_resolution(
@@ -295,6 +297,16 @@ def _require_range(key: str, value: float, lowest: float, highest: float | None)
     if value < lowest or (highest is not None and value > highest):
         allowed = f"at least {lowest}" if highest is None else f"from {lowest} to {highest}"
         raise UserError(f'"{key}" must be {allowed}, got {value}.')
+
+
+def _require_text(key: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f'"{key}" has a character that is none, after {describe(text[: error.start][-20:])}.',
+            "A terminal that is not set to UTF-8 sends such: set its locale, or give the prompt in a settings file.",
+        ) from error
 
 
 def _require_config(preset: Preset, name: Any) -> None:

@@ -92,6 +92,27 @@ def test_a_file_put_there_while_the_program_runs_is_found(
     assert store.find(f"{HUB}/w.safetensors") == expected
 
 
+def test_a_file_is_found_while_another_thread_lists_the_folders_anew(
+    store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = put(tmp_path / "ComfyUI/models/unet/w.safetensors")
+    assert store.find("w.safetensors") == expected
+    found_meanwhile = []
+    walk = os.walk
+
+    def walk_with_company(*where: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
+        monkeypatch.setattr(download_module, "LISTING_SECONDS", 60.0)
+        found_meanwhile.append(store.find("w.safetensors"))
+        monkeypatch.setattr(download_module, "LISTING_SECONDS", 0.0)
+        yield from walk(*where, followlinks=followlinks)
+
+    monkeypatch.setattr(os, "walk", walk_with_company)
+    monkeypatch.setattr(download_module, "LISTING_SECONDS", 0.0)
+    store.find("another.safetensors")
+
+    assert set(found_meanwhile) == {expected}
+
+
 def test_a_name_that_says_nothing_counts_only_under_its_repository(store: FileStore, tmp_path: Path) -> None:
     url = f"{HUB}/vae/diffusion_pytorch_model.safetensors"
     put(tmp_path / "ComfyUI/models/vae/diffusion_pytorch_model.safetensors")
@@ -375,6 +396,19 @@ def test_a_missing_file_of_the_program_is_named_in_full(store: FileStore) -> Non
         store.ensure("file:models/demo/transformer.safetensors")
 
     assert str(store.program_folder / "models/demo/transformer.safetensors") in raised.value.message
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://[broken/w.safetensors", f"https://civitai.com/{'w' * 300}.safetensors", f"{'w' * 300}.safetensors",
+     "~nobody-of-this-name/w.safetensors"],
+)  # fmt: skip
+def test_an_address_that_can_be_no_file_is_refused_in_words(store: FileStore, address: str) -> None:
+    for root in store.roots:
+        root.mkdir(parents=True, exist_ok=True)
+
+    with pytest.raises(UserError):
+        store.ensure(address)
 
 
 @pytest.mark.parametrize("subfolder", ["../up", "/etc", "a/../../b"])

@@ -301,6 +301,7 @@ def test_progress_runs_from_nothing_to_the_whole_file(
         ("https://huggingface.co/datasets/a/b/resolve/main/d.json", None),
         ("https://civitai.com/api/download/models/12", None),
         ("models/local.safetensors", None),
+        ("https://[broken/d.json", None),
     ],
 )
 def test_hub_addresses_are_recognised(url: str, expected: HubFile | None) -> None:

@@ -1,8 +1,20 @@
 """The tables of known keys fit each other and the family's handler."""
 
+import pytest
+
 from models.z_image.z_image_handler import family_handler
 from shared.app.host_keys import HOST_MODEL_KEYS, HOST_SETTING_KEYS, RECORD_KEYS
-from shared.app.schema import CONDITION, MODEL_KEYS, SETTING_KEYS, closest_key, describe
+from shared.app.schema import (
+    CONDITION,
+    MODEL_KEYS,
+    NUMBER,
+    SETTING_KEYS,
+    WHOLE,
+    closest_key,
+    describe,
+    read_json_object,
+)
+from shared.quant.errors import UserError
 
 
 def test_no_key_stands_in_two_tables():
@@ -24,6 +36,29 @@ def test_whatever_the_handler_answers_is_known():
 
         assert family_handler.query_model_def(architecture, {}).keys() <= known
         assert settings.keys() <= SETTING_KEYS.keys() | HOST_SETTING_KEYS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 200_000, "nested too deep"),
+        (f'{{"seed": {"1" * 5000}}}', "4300 digits"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_a_file_that_json_cannot_hold_is_named(tmp_path, text, said):
+    path = tmp_path / "preset.json"
+    path.write_text(text)
+
+    with pytest.raises(UserError, match=said) as raised:
+        read_json_object(path)
+
+    assert str(path) in raised.value.message
+
+
+def test_a_whole_number_that_no_float_can_hold_is_none():
+    assert not NUMBER.accepts(10**400) and not WHOLE.accepts(-(10**400))
+    assert NUMBER.accepts(10**300)
 
 
 def test_the_closest_key_ignores_case_and_separators():

@@ -437,6 +437,35 @@ def test_an_unwritable_output_is_an_error_before_anything_is_loaded(ctx: AppCont
     assert handler.loads == []
 
 
+def test_cancel_stops_the_drawing_call_and_not_one_that_waits_longer(ctx: AppContext, handler: FakeHandler) -> None:
+    waits, may_go_on = threading.Event(), threading.Event()
+    first: list[GenerationResult] = []
+
+    def held_up() -> bool:
+        waits.set()
+        may_go_on.wait(timeout=20)
+        return False
+
+    def cancel_once(processor: FakeProcessor, step: int) -> None:
+        if not may_go_on.is_set():
+            ctx.session.cancel()
+
+    handler.prepare = lambda processor: setattr(processor, "on_call", cancel_once)
+    with ctx.session._one_at_a_time:
+        thread = threading.Thread(
+            target=lambda: first.append(ctx.session.generate("one", order(ctx), should_stop=held_up))
+        )
+        thread.start()
+        assert waits.wait(timeout=20)  # the first call looks whether it was stopped, and is not done with it
+
+    second = ctx.session.generate("one", order(ctx))
+    may_go_on.set()
+    thread.join()
+
+    assert second.cancelled
+    assert not first[0].cancelled
+
+
 # ---------------------------------------------------------------------------------------- downloads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from shared.app.context import AppContext
-from shared.app.events import Status, StepDone
+from shared.app.download import DownloadCancelled, DownloadProgress
+from shared.app.events import Downloading, Event, ShouldStop, Status, StepDone
 from shared.app.metadata import read_record
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
@@ -126,6 +128,28 @@ def test_forwards_are_told_step_by_step_over_both_passes(ctx: AppContext, handle
     ctx.session.generate("one", order(ctx, hires_scale=2, num_inference_steps=3), on_event=events.append)
 
     assert [event.forwards for event in events if isinstance(event, StepDone)] == [2, 4, 6, 3 + 2, 3 + 4, 3 + 6]
+
+
+def test_the_download_of_a_preprocessor_is_shown_and_can_be_stopped(
+    ctx: AppContext, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = DownloadProgress("hed.onnx", 1, 2, 0.0)
+
+    def fetch(
+        files: object, edit: object, *, on_progress: Callable[[DownloadProgress], None], should_stop: ShouldStop
+    ) -> None:
+        on_progress(progress)
+        if should_stop():
+            raise DownloadCancelled("stopped")
+
+    monkeypatch.setattr("shared.app.run.fetch", fetch)
+    seen: list[Event] = []
+
+    result = ctx.session.generate(
+        "one", order(ctx), on_event=seen.append, should_stop=lambda: Downloading(progress) in seen
+    )
+
+    assert result.cancelled and handler.loads == []
 
 
 def test_cancelling_between_two_passes_leaves_no_picture(ctx: AppContext) -> None:

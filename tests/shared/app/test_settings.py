@@ -33,6 +33,11 @@ def build(preset, saved=None, **overrides):
     return GenerationSettings.build(preset, saved or {}, overrides)
 
 
+def test_a_prompt_of_bytes_that_are_no_text_is_refused_in_words(base):
+    with pytest.raises(UserError, match='"prompt" has a character that is none, after "caf"'):
+        build(base, {}, prompt="caf\udce9 au lait")
+
+
 # ---- whose value counts
 
 
