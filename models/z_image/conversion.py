@@ -34,6 +34,7 @@ __all__ = [
     "RECIPES",
     "calibration_prompts",
     "companions",
+    "companions_header",
     "header",
     "merge",
     "open_model",
@@ -84,6 +85,17 @@ def companions(text_encoder: Path | None, vae: Path | None) -> tuple[Carried, ..
         names = [name for name in checkpoint.tensors if name.startswith(own)]
         carried += [Carried(f"{prefix}{name[len(own) :]}", checkpoint, name) for name in names]
     return tuple(carried)
+
+
+def companions_header(vae: Path | None) -> dict[str, str]:
+    """What the header of a checkpoint says for them, since no file can lie beside each of its parts."""
+    if vae is None:
+        return {}
+    from models.z_image.autoencoder import given_config
+    from models.z_image.vae_names import CONFIG_KEY
+
+    given = given_config(Checkpoint.open(vae))
+    return {CONFIG_KEY: json.dumps(given)} if given else {}
 
 
 def merge(model: Model, loras: Sequence[tuple[Path, float]]) -> tuple[Model, list[Match]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+CONFIG_KEY = "vae_config"  # in the header of a checkpoint of several parts: the VAE's config.json, as far as it matters
 PREFIXES = ("first_stage_model.", "vae.", "")  # in front of every name of a file, most telling first
 _LANDMARK = "decoder.conv_in.weight"
 

@@ -84,6 +84,7 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
     naming = "official" if is_gguf else conversion.naming
     metadata = family.header(naming, conversion.formats, model.config, rank)
     metadata = {"format": "pt"} if request.diffusers else {"config": metadata["config"]} if is_gguf else metadata
+    metadata = {**metadata, **family.companions_header(request.vae)}
     if request.calibrate:
         seen = {"pictures": request.calibrate, "learned_rounding": request.learned_rounding}
         metadata = {**metadata, "calibration": json.dumps(seen)}

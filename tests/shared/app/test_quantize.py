@@ -122,6 +122,8 @@ def test_a_checkpoint_of_all_three_is_opened_as_each(ctx: AppContext) -> None:
         ours, theirs = load(output, torch.float32).state_dict(), load(alone, torch.float32).state_dict()
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for key in ("scaling_factor", "shift_factor", "norm_num_groups"):  # beside the VAE they lie in a file of their own
+        assert load_vae(output, torch.float32).config[key] == load_vae(vae, torch.float32).config[key]
     alone_mb, together_mb = weights_mb(demo / "transformer.safetensors", encoder, vae), weights_mb(*[output] * 3)
     assert {role: together_mb[role] for role in ("text_encoder", "vae")} == {
         role: alone_mb[role] for role in ("text_encoder", "vae")
