@@ -66,6 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> int:
     """Do what the flags ask for."""
     logging.basicConfig(level=LOG_LEVELS[args.verbose], format="%(message)s")
+    if args.verbose < 2:  # wherever it is installed it warns, at every start, of kernels that nothing here uses
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from shared.app.context import AppContext
     from shared.cli import commands
 

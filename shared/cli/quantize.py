@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,13 +125,46 @@ def quantize(ctx: AppContext, args: argparse.Namespace) -> int:
         Progress(*columns, console=console, transient=True, disable=disabled) as progress,
     ):
         task = progress.add_task("Reading the header", total=None)
+        lines = PlainLines()
 
         def on_progress(done: int, total: int, module: str) -> None:
             progress.update(task, completed=done, total=total, description=module)
+            if args.verbose and not console.is_terminal:
+                for line in lines.told(done, total, module):
+                    print(line, file=sys.stderr, flush=True)
 
         result = run(ctx, request, on_progress)
     print(json.dumps(result.as_dict()) if args.json else report_text(result), flush=True)
     return 0
+
+
+class PlainLines:
+    """Progress where stderr is no terminal: a line for each stage, and one for each tenth with the time left."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._said = ""
+        self._begun: tuple[float, float] | None = None  # share done and the time, when layers were first worked on
+        self._tenths = 0
+
+    def told(self, done: int, total: int, module: str) -> Iterator[str]:
+        """What is to be said now. done, total: numbers of the model; module: the one that comes next, or a stage."""
+        from shared.cli.progress import left_words
+
+        if " " in module:  # no layer, but what precedes them: "Calibrating, picture 1 of 8"
+            if module != self._said:
+                yield module
+            self._said = module
+            return
+        share, now = done / max(total, 1), self._clock()
+        if self._begun is None:
+            self._begun, self._tenths = (share, now), int(10 * share)
+            if done:
+                yield f"going on at {share:.0%}, where an earlier run ended"
+        elif int(10 * share) > self._tenths:
+            self._tenths = int(10 * share)
+            before, since = self._begun
+            yield f"{share:.0%}, {left_words((now - since) / (share - before) * (1 - share))}"
 
 
 def _bytes(text: str) -> int:
