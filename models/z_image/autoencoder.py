@@ -46,8 +46,9 @@ NORM_GROUPS = 32
 def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
     """Build AutoencoderKL from a checkpoint in diffusers or ldm naming, in `dtype` on the CPU, ready to run.
 
-    Sizes come from tensor shapes; scaling, shift and norm groups from a JSON beside the file (`config.json`, or
-    `<name>_config.json` as Wan2GP ships it), else the published Z-Image values. Raises LayerMismatchError.
+    Sizes come from tensor shapes; scaling, shift and norm groups from the header of a checkpoint of several parts, or a
+    JSON beside the file (`config.json`, or `<name>_config.json` as Wan2GP ships it), else the published Z-Image values.
+    Raises LayerMismatchError, and CheckpointError for a config that cannot be.
     """
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
@@ -55,6 +56,12 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
     checkpoint = Checkpoint.open(path)
     tensors = {name: checkpoint.tensors[given] for name, given in diffusers_names(checkpoint.tensors).items()}
     config = _sizes(checkpoint, tensors) | given_config(checkpoint)
+    if any(channels % config["norm_num_groups"] for channels in config["block_out_channels"]):
+        raise CheckpointError(
+            f"{checkpoint.path}: norms of {config['norm_num_groups']} groups do not fit "
+            f"{', '.join(map(str, config['block_out_channels']))} channels.",
+            "The VAE's config.json, which says the groups, belongs beside its file.",
+        )
     with init_empty_weights(include_buffers=False):
         model = AutoencoderKL(**config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -285,27 +292,49 @@ def _windows(shape: torch.Size, side: int) -> Iterator[Window]:
 def given_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """Scaling, shift and norm groups, which tensors do not tell: from the header (CONFIG_KEY), a JSON beside the file.
 
-    {} where nobody says. Raises CheckpointError for what is no JSON.
+    {} where nobody says. Raises CheckpointError for what is no JSON, and for numbers that cannot be these.
     """
-    keys = ("scaling_factor", "shift_factor", "norm_num_groups")
-    if CONFIG_KEY in checkpoint.metadata:
+    for where, text in _config_texts(checkpoint):
         try:
-            said = json.loads(checkpoint.metadata[CONFIG_KEY])
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{checkpoint.path}: {CONFIG_KEY} in its header is no JSON ({error}).") from error
-        return {k: said[k] for k in keys if k in said} if isinstance(said, dict) else {}
+            said = json.loads(text)
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError
+            raise CheckpointError(f"{where}: not readable JSON ({error}).") from error
+        if isinstance(said, dict) and "scaling_factor" in said:
+            given = {key: said[key] for key in _TOLD if said.get(key) is not None}
+            for key, value in given.items():
+                if not _TOLD[key](value):
+                    raise CheckpointError(
+                        f"{where}: {key} is {value!r}.", "The published VAE has 0.3611, 0.1159 and 32."
+                    )
+            return given
+    return {}
+
+
+def _config_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Where something may be said, and what: the file's own header first."""
+    if CONFIG_KEY in checkpoint.metadata:
+        yield f"{checkpoint.path}: {CONFIG_KEY} in its header", checkpoint.metadata[CONFIG_KEY]
     for path in (
         checkpoint.path.with_name(f"{checkpoint.path.stem}_config.json"),
         checkpoint.path.with_name("config.json"),
     ):
         if path.is_file():
             try:
-                given = json.loads(path.read_text(encoding="utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield str(path), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
                 raise CheckpointError(f"{path}: not readable JSON ({error}).") from error
-            if isinstance(given, dict) and "scaling_factor" in given:
-                return {k: given[k] for k in keys if k in given}
-    return {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e9  # NaN is not
+
+
+# What is taken of a config, and what it must be.
+_TOLD: Mapping[str, Callable[[Any], bool]] = {
+    "scaling_factor": lambda value: _is_number(value) and value != 0,
+    "shift_factor": _is_number,
+    "norm_num_groups": lambda value: _is_number(value) and isinstance(value, int) and value > 0,
+}
 
 
 def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:

@@ -15,7 +15,7 @@ from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
-from shared.quant.errors import LayerMismatchError
+from shared.quant.errors import CheckpointError, LayerMismatchError
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -103,6 +103,40 @@ def test_wan2gp_s_config_beside_the_file_is_used(model_folder: Path, tmp_path: P
     vae = autoencoder.load_vae(tmp_path / "My_VAE.safetensors", torch.float32)
 
     assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.norm_num_groups) == (0.9, -0.1, 4)
+
+
+def test_the_header_of_a_checkpoint_comes_before_a_config_beside_it(model_folder: Path, tmp_path: Path) -> None:
+    state = load_file(model_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    said = json.dumps({"scaling_factor": 0.5, "shift_factor": 0, "norm_num_groups": 2})
+    save_file({f"vae.{name}": t for name, t in state.items()}, tmp_path / "all.safetensors", {"vae_config": said})
+    (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.9, "norm_num_groups": 4}))
+
+    vae = autoencoder.load_vae(tmp_path / "all.safetensors", torch.float32)
+
+    assert (vae.config.scaling_factor, vae.config.shift_factor, vae.config.norm_num_groups) == (0.5, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ('{"scaling_factor": 0', "vae_config in its header: not readable JSON"),
+        ("[" * 9000, "vae_config in its header: not readable JSON"),
+        ('{"scaling_factor": ' + 5000 * "1" + "}", "vae_config in its header: not readable JSON"),
+        ('{"scaling_factor": 0}', "vae_config in its header: scaling_factor is 0"),
+        ('{"scaling_factor": NaN}', "scaling_factor is nan"),
+        ('{"scaling_factor": 1' + 400 * "0" + "}", "scaling_factor is 1"),
+        ('{"scaling_factor": 0.4, "shift_factor": "0.1"}', "shift_factor is '0.1'"),
+        ('{"scaling_factor": 0.4, "norm_num_groups": 0}', "norm_num_groups is 0"),
+        ('{"scaling_factor": 0.4, "norm_num_groups": 4.0}', r"norm_num_groups is 4\.0"),
+        ('{"scaling_factor": 0.4, "norm_num_groups": 3}', "norms of 3 groups do not fit"),
+    ],
+)
+def test_a_config_that_cannot_be_is_named(model_folder: Path, tmp_path: Path, said: str, message: str) -> None:
+    state = load_file(model_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    save_file(state, tmp_path / "vae.safetensors", {"vae_config": said})
+
+    with pytest.raises(CheckpointError, match=message):
+        autoencoder.load_vae(tmp_path / "vae.safetensors", torch.float32)
 
 
 def test_without_a_config_the_published_numbers_hold(tmp_path: Path) -> None:
