@@ -37,6 +37,8 @@ from shared.app.plan import choose_compute, requested_device
 from shared.quant.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from shared.app.context import AppContext
 
 PYTHONS = ((3, 11), (3, 13))  # oldest and newest, as in pyproject.toml
@@ -57,6 +59,7 @@ LIBRARIES = {
     "gguf": (False, "GGUF files"),
     "comfy-kitchen": (False, "kernels for packed weights"),
     "triton": (False, "fused kernels on NVIDIA GPUs; comes with torch for CUDA"),
+    "numba": (False, "fused kernels on CPUs"),
     "gradio": (False, "the web page"),
     "bitsandbytes": (False, "writes nf4 files; reading them needs nothing"),
 }
@@ -98,7 +101,10 @@ class TorchFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceFacts:
-    """What is computed on. capability: "8.9", "" where there is none. memory: bytes."""
+    """What is computed on. capability: "8.9", "" where there is none. memory: bytes.
+
+    between: what computes between matrix products, and why not something faster.
+    """
 
     kind: str
     name: str
@@ -107,6 +113,7 @@ class DeviceFacts:
     reason: str
     dtype: str
     dtype_reason: str
+    between: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,11 +289,23 @@ def _on_device(ctx: AppContext, report: Report) -> Report:
             reason=device.reason,
             dtype=dtype_name,
             dtype_reason=dtype_reason,
+            between=_between(torch.device(device.kind)),
         ),
         kernels=kernels,
         attention=tuple(_attention(name, device) for name in ("auto", *ATTENTION_PACKAGES)),
         advice=advise(ctx, device, dtype_name, report.system.ram, expanding),
     )
+
+
+def _between(device: torch.device) -> str:
+    from shared.ops import compiled_ready, triton_ready
+
+    fast, reason = (
+        ("compiled by numba", compiled_ready.why_not())
+        if device.type == "cpu"
+        else ("fused by Triton", triton_ready.why_not(device))
+    )
+    return fast if reason is None else f"torch's own operations ({reason})"
 
 
 def _attention(name: str, device: DeviceInfo) -> AttentionFacts:

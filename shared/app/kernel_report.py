@@ -48,14 +48,14 @@ class Probe:
 PROBES = (
     Probe(label="int8", format="comfy_int8", size=REAL_SIZE),
     Probe(label="int8 ConvRot", format="comfy_int8", options={"rotation": 64}, size=REAL_SIZE),
-    Probe(label="FP8 with scales", format="fp8_scaled"),
-    Probe(label="FP8 without scales", format="fp8_plain"),
-    Probe(label="MXFP8", format="mxfp8"),
-    Probe(label="NVFP4", format="nvfp4"),
-    Probe(label="SVDQuant INT4", format="svdq", options={"kind": "int4", "rank": 16}),
-    Probe(label="SVDQuant FP4", format="svdq", options={"kind": "fp4", "rank": 16}),
-    Probe(label="GGUF Q8_0", format="gguf", options={"type": "Q8_0"}),
-    Probe(label="GGUF Q4_0", format="gguf", options={"type": "Q4_0"}),
+    Probe(label="FP8 with scales", format="fp8_scaled", size=REAL_SIZE),
+    Probe(label="FP8 without scales", format="fp8_plain", size=REAL_SIZE),
+    Probe(label="MXFP8", format="mxfp8", size=REAL_SIZE),
+    Probe(label="NVFP4", format="nvfp4", size=REAL_SIZE),
+    Probe(label="SVDQuant INT4", format="svdq", options={"kind": "int4", "rank": 16, "iterations": 0}, size=REAL_SIZE),
+    Probe(label="SVDQuant FP4", format="svdq", options={"kind": "fp4", "rank": 16, "iterations": 0}, size=REAL_SIZE),
+    Probe(label="GGUF Q8_0", format="gguf", options={"type": "Q8_0"}, size=REAL_SIZE),
+    Probe(label="GGUF Q4_0", format="gguf", options={"type": "Q4_0"}, size=REAL_SIZE),
     Probe(label="bitsandbytes nf4", format="bitsandbytes"),
 )
 

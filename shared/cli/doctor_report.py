@@ -69,6 +69,7 @@ def _machine(report: Report) -> list[Row]:
         rows += [
             ("device", f"{device.kind}, {device.name} ({device.reason})"),
             ("number type", f"{device.dtype} ({device.dtype_reason})"),
+            ("between products", device.between),
         ]
     return rows
 

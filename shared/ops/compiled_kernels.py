@@ -201,27 +201,22 @@ def qk_norm_rope(
     weights: two rows of `width`. rope: `rope_items` pictures' tables (tokens, width / 2) of cosine and sine; 1 for all.
     out: (3, pictures, heads, tokens, width), queries first.
     """
-    n = 3 * heads * width
-    row, head = np.empty(n, np.float32), np.empty(width, np.float32)
-    gains = floats(weights, 2 * width)
-    half = width // 2
+    row, half = np.empty(3 * heads * width, np.float32), width // 2
     for r in range(first, last):
         read_row(row, kind, qkv, r, _factor(kind, factors, r), columns)
         item, token = r // tokens, r % tokens
         turn = floats(rope + ((item if rope_items > 1 else 0) * tokens + token) * width * 4, width)
         for part in range(3):
+            gains = floats(weights + (part % 2) * width * 4, width)
             for h in range(heads):
-                start = (part * heads + h) * width
-                for i in range(width):
-                    head[i] = row[start + i]
+                head = row[(part * heads + h) * width : (part * heads + h + 1) * width]
                 if part < 2:
                     share = _per_rms(head, eps)
                     for i in range(half):
-                        a = head[2 * i] * share * gains[part * width + 2 * i]
-                        b = head[2 * i + 1] * share * gains[part * width + 2 * i + 1]
-                        cosine, sine = turn[2 * i], turn[2 * i + 1]
-                        head[2 * i] = a * cosine - b * sine
-                        head[2 * i + 1] = a * sine + b * cosine
+                        a = head[2 * i] * share * gains[2 * i]
+                        b = head[2 * i + 1] * share * gains[2 * i + 1]
+                        head[2 * i] = a * turn[2 * i] - b * turn[2 * i + 1]
+                        head[2 * i + 1] = a * turn[2 * i + 1] + b * turn[2 * i]
                 write_row(head, out_kind, out, ((part * pictures + item) * heads + h) * tokens + token, 0)
 
 

@@ -17,6 +17,7 @@ from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
 from shared.app.doctor import Report, TorchFacts, draw_self_test, examine, nunchaku_facts
 from shared.app.kernel_report import PROBES, KernelChoice, kernel_choices
+from shared.ops import triton_ready
 from shared.quant.errors import UserError
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
 
@@ -206,10 +207,21 @@ def test_a_card_is_told_with_its_capability(ctx: AppContext, monkeypatch: pytest
     card = DeviceInfo("cuda", "Card", 120, 16 * 2**30, "a test's card")
     monkeypatch.setattr(doctor, "detect", lambda prefer: card)
     monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: [])
+    monkeypatch.setattr(triton_ready, "why_not", lambda _device: "the package triton is not installed")
 
     device = examine(ctx).device
 
     assert device is not None and (device.capability, device.dtype) == ("12.0", "bfloat16")
+    assert device.between == "torch's own operations (the package triton is not installed)"
+
+
+def test_a_cpu_is_told_with_what_computes_between_products(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: [])
+    monkeypatch.setattr(doctor, "detect", lambda prefer: DeviceInfo("cpu", "Processor", None, None, "a test's"))
+
+    device = examine(ctx).device
+
+    assert device is not None and device.between == "compiled by numba"
 
 
 # ---------------------------------------------------------------------------------------------- nunchaku

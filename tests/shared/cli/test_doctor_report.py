@@ -112,7 +112,7 @@ def test_something_broken_ends_with_1_and_says_what_to_do(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the resource module")
-def test_without_a_self_test_the_program_answers_in_four_seconds() -> None:
+def test_without_a_self_test_the_program_answers_in_five_seconds() -> None:
     import resource
 
     def spent() -> float:  # of computing: the wall clock also measures what else runs on the machine
@@ -126,7 +126,7 @@ def test_without_a_self_test_the_program_answers_in_four_seconds() -> None:
     told = json.loads(done.stdout)
     assert done.returncode == (0 if told["usable"] else 1) and "Traceback" not in done.stderr
     assert {kernel["label"] for kernel in told["kernels"]} == {probe.label for probe in PROBES}
-    assert spent() - before <= 4
+    assert spent() - before <= 5
 
 
 def test_words_in_brackets_are_no_markup() -> None:
