@@ -8,6 +8,7 @@ forward()) is called as usual; a block whose attention or feed-forward is hooked
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from models.z_image.attention import TwoViews, attend
 from models.z_image.modulation import Factors
+from models.z_image.token_rows import in_parts
 from shared import ops
 from shared.ops import Rounded, Sums
 from shared.quant.linear import PackedLinear
@@ -44,10 +46,13 @@ def forward(block: Block, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews |
     qkv, w13, eps = attention._modules["qkv"], feed_forward._modules["w13"], block.eps
     normed = ops.rms_norm_modulate_into(qkv, x_BSD, f.attention_norm1, f.attention_scale, eps)
     h_BSD = _attended(attention, normed, rope, mask, f)
+    del normed  # here and below: at many tokens its memory is wanted
     x_BSD, normed = ops.gate_residual_norm_into(
         w13, x_BSD, h_BSD, f.attention_gate, f.attention_norm2, f.ffn_norm1, f.ffn_scale, eps
     )
-    h_BSD = _fed(feed_forward, normed)
+    del h_BSD
+    h_BSD = in_parts(partial(_fed, feed_forward), normed)
+    del normed
     return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps)
 
 
@@ -59,6 +64,7 @@ def _attended(
         product(parts["qkv"], x_BSD), f.qk_norm, rope, attention.n_heads, attention.eps
     )
     h_BHSE = attend(q_BHSE, k_BHSE, v_BHSE, mask, backend=attention.backend)
+    del q_BHSE, k_BHSE, v_BHSE
     return product(parts["out"], h_BHSE.transpose(1, 2).flatten(2).to(x_BSD.dtype))
 
 

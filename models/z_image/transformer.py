@@ -37,7 +37,9 @@ from models.z_image.attention import TwoViews, attend
 from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
 from models.z_image.lora import fuse
 from models.z_image.modulation import Factors, Moment, Timetable, block_factors
+from models.z_image.token_rows import in_parts
 from shared import ops
+from shared.ops import Rounded
 from shared.ops.attention import SDPA, Backend
 
 if TYPE_CHECKING:
@@ -256,11 +258,12 @@ class Block(nn.Module):
             x_BSD, normed = ops.gate_residual_norm_into(
                 w13, x_BSD, h_BSD, f.attention_gate, f.attention_norm2, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact
             )
-            h_BSD = self.feed_forward(normed)
+            h_BSD = self.feed_forward(normed, whole=f.exact)
             return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
         x_BSD = ops.gate_residual(x_BSD, bounded(h_BSD), f.attention_gate, f.attention_norm2, eps, exact=f.exact)
         x_BSD = bounded(x_BSD)
-        h_BSD = self.feed_forward(ops.rms_norm_modulate_into(w13, x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact))
+        normed = ops.rms_norm_modulate_into(w13, x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact)
+        h_BSD = self.feed_forward(normed, whole=f.exact)
         eps *= NARROW_SHARE**2  # the norm of a share is that of the whole, if its eps is one as well
         return bounded(ops.gate_residual(x_BSD, bounded(h_BSD), f.ffn_gate, f.ffn_norm2, eps, exact=f.exact))
 
@@ -300,7 +303,14 @@ class FeedForward(nn.Module):
         self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor | Rounded, *, whole: bool = False) -> Tensor:
+        """(B, S, D). whole: all tokens in one product, as the reference makes it."""
+        if whole or torch.is_grad_enabled():
+            return self._fed(x_BSD)
+        fed: Tensor = in_parts(self._fed, x_BSD)  # type: ignore[assignment]  # of tensors
+        return fed
+
+    def _fed(self, x_BSD: Tensor | Rounded) -> Tensor:
         both_BSF = self.w13(x_BSD)
         if both_BSF.dtype == torch.float16:
             gate, value = both_BSF.chunk(2, dim=-1)

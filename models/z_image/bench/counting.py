@@ -21,6 +21,7 @@ from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionG
 from models.z_image.pipeline import ZImagePipeline
 from models.z_image.request import GenerateRequest
 from models.z_image.transformer import ZImageTransformer
+from shared import ops
 from shared.ops.attention import Backend
 
 _SIDE, _CAPTION = 1024, 100
@@ -39,6 +40,7 @@ REQUESTS: Mapping[str, Mapping[str, Any]] = {
 def counters(stand: Stand) -> None:
     """Forwards and host reads by kind of picture; then a forward of real width, and a whole loop."""
     stand.how = "counted"
+    _try_kernels()
     small = ZImageTransformer(twins.sized(128, 1, heads=2, refiners=1, features=64)).eval().requires_grad_(False)
     twins.randomise(small, 0)
     for name, changes in REQUESTS.items():
@@ -57,6 +59,7 @@ def fake_forward(dtype: torch.dtype, config: TransformerConfig | None = None) ->
 
     Attention is one operation, as on a GPU; what a CPU has in its place depends on the CPU.
     """
+    _try_kernels()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # fake parameters cannot be cast afterwards
@@ -77,6 +80,12 @@ def fake_forward(dtype: torch.dtype, config: TransformerConfig | None = None) ->
             return forward()
 
     return work
+
+
+def _try_kernels() -> None:
+    """Compiled operations are tried out when first asked for: that is no work of a forward, nor one for fake tensors."""
+    with torch.no_grad():
+        ops.implementation(torch.empty(0))
 
 
 class _Picture:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch._subclasses import FakeTensorMode
 
 from shared.bench.counters import count
 
@@ -46,6 +47,13 @@ def test_working_in_place_is_an_operation() -> None:
     counts = count(lambda: held.mul_(2))
 
     assert (counts.ops, counts.views) == (1, 0)
+
+
+def test_asking_a_fake_tensor_for_its_device_is_nothing() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(100, 100)
+
+    assert count(lambda: fake.is_cpu and fake.device).gated() == dict.fromkeys(count(lambda: None).gated(), 0)
 
 
 def test_everything_the_host_waits_for_is_seen() -> None:
