@@ -6,10 +6,12 @@ All figures are in MiB (2**20 bytes). The estimate reads file headers only and n
     LoRAs    = the same over their files
     scratch  = the largest packed matrix unpacked: one at a time is, for kernels that multiply unpacked numbers
     text     = prompt tokens x per token of the text encoder's block
-    denoise  = (picture + prompt tokens) x per token of the transformer's block, twice that with guidance (both passes
-               in one batch); a picture token covers 16 x 16 pixels
                per token = (3 x width + 4 x hidden) x compute bytes: the stream, its normalised copy and a result
                beside the feed-forward's gate, value, activation and product
+    denoise  = the larger of 8 x width x tokens (attention: stream, normalised copy, q, k and v as multiplied and as
+               attended, result) and 7 x width x tokens + 3 x hidden x the tokens of one part (feed-forward),
+               x compute bytes; tokens are those of picture and prompt, twice as many with guidance (both passes in
+               one batch); a picture token covers 16 x 16 pixels
     decode   = pixels x channels x VAE bytes x live; in tiles 2 x picture + live x tile
                channels = those that enter the decoder's last stage
                live = 3 on a GPU: input, normalised input, output of one layer; 4.6 on a CPU, measured, whose
@@ -50,6 +52,8 @@ _PART_PREFIXES = {
     "vae": ("vae.", "first_stage_model."),
 }
 _PROMPT_TOKENS = 512  # longest prompt the text encoder takes
+# Tokens that go through the transformer's feed-forward at once where it need not be all: models/z_image/token_rows.py.
+FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU = 576, 2304
 _PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
 _CELL_PIXELS = 8
 _UNKNOWN_CHANNELS = 256  # the published Z-Image (Flux) VAE's
@@ -227,6 +231,7 @@ def estimate_memory(
     loras: Sequence[Path] = (),
     on_cpu: bool = True,
     decode_bytes: int | None = None,
+    is_exact: bool = False,
     published: Mapping[str, PublishedModule] | None = None,
 ) -> MemoryEstimate:
     """Weights and working sets from the headers of the files that will be loaded.
@@ -236,6 +241,7 @@ def estimate_memory(
     so is None, which leaves it to the plan.
     compute_bytes, vae_bytes: bytes per number of the two dtypes. decode_bytes: of the activations that a picture is
     decoded in, with a second decoder of that type, where they are not the VAE's own. guided: two passes in one batch.
+    is_exact: all tokens go through the feed-forward at once, as in the reference.
     Raises CheckpointError when a header cannot be read.
     """
     absent = published or {}
@@ -250,7 +256,9 @@ def estimate_memory(
         channels = _last_stage_channels(vae_file)
         sizes["vae"] = ModuleSizes(nbytes=sum(_loaded_bytes(info, vae_bytes) for info in vae_file.tensors.values()))
     sizes = {name: sizes[name] for name in STAGES.values()}
-    tokens = (width // _PATCH_PIXELS) * (height // _PATCH_PIXELS) + _PROMPT_TOKENS
+    tokens = ((width // _PATCH_PIXELS) * (height // _PATCH_PIXELS) + _PROMPT_TOKENS) * (2 if guided else 1)
+    at_once = FEED_FORWARD_TOKENS_ON_CPU if on_cpu else FEED_FORWARD_TOKENS_ON_GPU
+    at_once = tokens if is_exact else min(tokens, at_once)
     drawn = sizes["transformer"]
     read = sizes["text_encoder"]
     pixels = width * height
@@ -271,11 +279,11 @@ def estimate_memory(
         sizes=sizes,
         loras_mb=sum(_loaded_bytes(i, compute_bytes) for p in loras for i in Checkpoint.open(p).tensors.values()) / MIB,
         text_mb=(_PROMPT_TOKENS * read.per_token * compute_bytes + read.scratch) / MIB,
-        denoise_mb=(tokens * (2 if guided else 1) * drawn.per_token * compute_bytes + drawn.scratch) / MIB,
+        denoise_mb=(_drawing_numbers(drawn, tokens, at_once) * compute_bytes + drawn.scratch) / MIB,
         decode_mb=decode(tile_cells or 0),
         tile=tile_cells,
         decode_tiled_mb={tile: decode(tile) for tile in TILES},
-        tokens=tokens * (2 if guided else 1),
+        tokens=tokens,
         published=tuple(name for name in sizes if name in absent),
     )
 
@@ -411,6 +419,11 @@ def _module(files: Sequence[Checkpoint], compute_bytes: int, *, is_joined: bool 
         products=sum(math.prod(shape) for shape in inside if shape[1] >= width),
         scratch=scratch,
     )
+
+
+def _drawing_numbers(drawn: ModuleSizes, tokens: int, at_once: int) -> int:
+    """Numbers that live at once while the transformer works, at_once of its tokens in the feed-forward."""
+    return max(8 * drawn.width * tokens, 7 * drawn.width * tokens + 3 * drawn.hidden * at_once)
 
 
 def _matrix(layer: Layer) -> tuple[tuple[int, ...], bool]:

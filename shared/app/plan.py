@@ -518,6 +518,7 @@ def _weigh(
         compute_bytes=DTYPE_BYTES[machine.dtype.value],
         vae_bytes=DTYPE_BYTES[VAE_DTYPE],
         decode_bytes=decode_bytes,
+        is_exact=is_exact,
         guided=settings.guidance_scale > 0,
         loras=loras,
         on_cpu=device.kind == "cpu",

@@ -14,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models.z_image import token_rows
 from models.z_image.variants import PUBLISHED_SHAPES
 from shared.app.memory import (
+    FEED_FORWARD_TOKENS_ON_CPU,
+    FEED_FORWARD_TOKENS_ON_GPU,
     MIB,
     MemoryEstimate,
     ModuleShapes,
@@ -85,10 +88,23 @@ def test_blocks_are_told_from_what_belongs_to_none(tmp_path: Path) -> None:
 
 
 def test_denoising_grows_with_tokens_and_doubles_with_guidance(tmp_path: Path) -> None:
-    plain, guided = estimate(tmp_path), estimate(tmp_path, guided=True)
+    plain, guided = estimate(tmp_path, on_cpu=False), estimate(tmp_path, guided=True, on_cpu=False)
 
-    assert plain.denoise_mb == (16 * 8 + 512) * (3 * 32 + 4 * 80) * 2 / MIB
+    assert plain.denoise_mb == (16 * 8 + 512) * (7 * 32 + 3 * 80) * 2 / MIB
     assert guided.denoise_mb == 2 * plain.denoise_mb
+
+
+def test_of_many_tokens_only_a_part_is_in_the_feed_forward_unless_bits_count(tmp_path: Path) -> None:
+    sizes = {"width": 512, "height": 512}
+    part, whole = estimate(tmp_path, **sizes), estimate(tmp_path, is_exact=True, **sizes)
+
+    assert part.denoise_mb == (1536 * 7 * 32 + 576 * 3 * 80) * 2 / MIB
+    assert whole.denoise_mb == 1536 * (7 * 32 + 3 * 80) * 2 / MIB
+    assert estimate(tmp_path, width=2048, height=2048).denoise_mb == 16896 * 8 * 32 * 2 / MIB, "attention takes more"
+
+
+def test_the_part_is_the_familys() -> None:
+    assert (FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU) == (token_rows.CPU_TOKENS, token_rows.GPU_TOKENS)
 
 
 def test_decoding_grows_with_pixels_and_shrinks_with_tiles(tmp_path: Path) -> None:
