@@ -26,13 +26,14 @@ from shared.app.hub import (
     DownloadCancelled,
     DownloadProgress,
     HubFile,
+    ShouldStop,
     by_hand,
     download,
     hub_endpoint,
     parse_hub_url,
     received_bytes,
 )
-from shared.quant.errors import UserError
+from shared.quant.errors import RunError, UserError
 
 __all__ = ["DownloadCancelled", "DownloadProgress", "FileStore", "default_hub_cache"]
 
@@ -40,6 +41,8 @@ __all__ = ["DownloadCancelled", "DownloadProgress", "FileStore", "default_hub_ca
 SEARCH_DEPTH = 5
 SEARCH_FOLDERS = 5000  # a root like "/" is not searched to its end
 LISTING_SECONDS = 5.0  # a listing is renewed after this time when a file is not in it
+
+_REMEMBER_SECONDS = 5.0  # to wait for another process that writes the same few lines
 
 # Names that say nothing about the model: they count only inside a folder that names their repository.
 GENERIC_STEM = re.compile(
@@ -133,7 +136,7 @@ class FileStore:
         *,
         subfolder: str = "",
         on_progress: Callable[[DownloadProgress], None] | None = None,
-        should_stop: Callable[[], bool] | None = None,
+        should_stop: ShouldStop | None = None,
     ) -> Path:
         """The file on this machine, downloaded first when it is missing.
 
@@ -144,7 +147,7 @@ class FileStore:
             return found
         file = self._hub_file_or_raise(url_or_path, subfolder)
         target = self.target(url_or_path, subfolder=subfolder)
-        with self._only_one(target, should_stop):
+        with self._only_one(target, on_progress, should_stop):
             if not _whole_file(target):  # another process may have brought it while this one waited
                 sha256 = download(
                     file, target, endpoint=self.endpoint, on_progress=on_progress, should_stop=should_stop
@@ -265,21 +268,33 @@ class FileStore:
         return file
 
     @contextmanager
-    def _only_one(self, target: Path, should_stop: Callable[[], bool] | None) -> Iterator[None]:
-        """Keep a second process (the page beside a command) from writing the same file."""
+    def _only_one(
+        self, target: Path, on_progress: Callable[[DownloadProgress], None] | None, should_stop: ShouldStop | None
+    ) -> Iterator[None]:
+        """Keep a second process (the page beside a command) from writing the same file.
+
+        on_progress: told how far the first one is, while this one waits for it.
+        """
         from filelock import FileLock, Timeout
 
         folder = self.roots[0] / ".cache" / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
         place = target.relative_to(self.roots[0]).as_posix().replace("/", "--")
         lock = FileLock(folder / f"{place}.lock")
         while not lock.is_locked:
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire(timeout=0.2)
             except Timeout:
                 if should_stop is not None and should_stop():
                     message = f"Stopped waiting for another download of {target.name}."
                     raise DownloadCancelled(message) from None
+                if on_progress is not None:
+                    on_progress(DownloadProgress(target.name, received_bytes(target), None, 0.0))
+            except OSError as error:
+                raise RunError(
+                    f"{target.name} cannot be saved below {self.roots[0]}: {error.strerror or error}.",
+                    "Make that folder writable, or put the file into another one and name that with --ckpts.",
+                ) from error
         try:
             yield
         finally:
@@ -330,15 +345,18 @@ class _Remembered:
 
     def put(self, path: Path, value: Any, stamp: list[int] | None = None) -> None:
         """Remember a JSON-able value. stamp: of the file as it was when the value was true (None: now)."""
-        with self._lock:
-            known = self._read() | {str(path.resolve()): [*(stamp or _stamp(path)), value]}
-            fresh = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
-            try:
-                self._file.parent.mkdir(parents=True, exist_ok=True)
-                fresh.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        from filelock import FileLock
+
+        entry = {str(path.resolve()): [*(stamp or _stamp(path)), value]}
+        fresh = self._file.with_name(f"{self._file.name}.{os.getpid()}.part")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            # Another process may remember something at the same time: neither is to write over the other's.
+            with self._lock, FileLock(f"{self._file}.lock", timeout=_REMEMBER_SECONDS):
+                fresh.write_text(json.dumps(self._read() | entry, indent=1), encoding="utf-8")
                 os.replace(fresh, self._file)
-            except OSError:
-                return  # a read-only program folder: then it is not known next time
+        except OSError:
+            return  # a read-only program folder, or a lock that nobody gives back: then it is not known next time
 
     def _read(self) -> dict[str, object]:
         try:

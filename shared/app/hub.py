@@ -226,9 +226,13 @@ class _Part:
         self._file: BinaryIO = path.open("r+b" if path.exists() else "w+b")
         self._hash = hashlib.sha256()
         self.size = 0
+
+    def take_up(self, check: Callable[[], None]) -> None:
+        """Hash what an earlier run received: seconds for some gigabytes, so `check` is called every megabyte."""
+        self.size = os.fstat(self._file.fileno()).st_size
         while chunk := self._file.read(2**20):
             self._hash.update(chunk)
-            self.size += len(chunk)
+            check()
 
     def write(self, chunk: bytes) -> None:
         self._file.write(chunk)
@@ -284,6 +288,7 @@ def _receive_all(stated: _Stated, path: Path, meter: _Meter, stop: ShouldStop) -
     """Append to the part until it has the stated size, taking up cut transfers again; return its SHA-256."""
     try:
         with _Part(path) as part:
+            part.take_up(lambda: _stop_if_asked(stop, meter, part))
             if part.size > stated.size:
                 part.restart()
             meter.report(part.size)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from shared.app import download as download_module
 from shared.app import hub as hub_module
@@ -353,6 +354,45 @@ def test_two_at_once_download_a_file_once(store: FileStore, hub: HubServer) -> N
 
     assert paths == [store.roots[0] / "w.safetensors"] * 2
     assert len(hub.downloads) == 1
+
+
+def test_whoever_waits_for_another_programs_download_sees_how_far_it_is(store: FileStore, hub: HubServer) -> None:
+    locks = store.roots[0] / ".cache" / "locks"
+    locks.mkdir(parents=True)
+    put(store.roots[0] / "w.safetensors.0123456789ab.part", b"so far")
+    seen: list[DownloadProgress] = []
+
+    with FileLock(locks / "w.safetensors.lock"), pytest.raises(DownloadCancelled, match="waiting for another"):
+        online(store, hub).ensure(f"{HUB}/w.safetensors", on_progress=seen.append, should_stop=lambda: bool(seen))
+
+    assert seen == [DownloadProgress("w.safetensors", len(b"so far"), None, 0.0)]
+
+
+def test_a_root_that_cannot_be_written_is_named(store: FileStore, hub: HubServer) -> None:
+    put(store.roots[0] / ".cache")
+
+    with pytest.raises(RunError, match=r"w\.safetensors cannot be saved below") as raised:
+        online(store, hub).ensure(f"{HUB}/w.safetensors")
+
+    assert str(store.roots[0]) in raised.value.message and "--ckpts" in raised.value.hint
+
+
+def test_what_two_programs_remember_at_once_is_all_kept(tmp_path: Path) -> None:
+    files = [put(tmp_path / f"{number}.safetensors") for number in range(20)]
+
+    def remember(mine: list[Path]) -> None:
+        memory = download_module._Remembered(tmp_path / "known.json")
+        for file in mine:
+            memory.put(file, file.name)
+
+    threads = [threading.Thread(target=remember, args=(files[i::2],)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    memory = download_module._Remembered(tmp_path / "known.json")
+    assert [memory.get(file) for file in files] == [file.name for file in files]
 
 
 def test_without_a_network_the_error_says_where_to_put_the_file(

@@ -189,6 +189,23 @@ def test_cancel_is_heard_while_a_hub_does_not_answer(hub: HubServer, target: Pat
     assert time.monotonic() - start < 3
 
 
+def test_cancel_is_heard_while_an_earlier_runs_bytes_are_read(
+    hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = target.with_name(f"{target.name}.{hashlib.sha256(WEIGHTS).hexdigest()[:12]}.part")
+    part.parent.mkdir()
+    part.write_bytes(WEIGHTS[:2_000_000])
+    looked_up: list[bool] = []
+    monkeypatch.setattr(hub_module, "_check_disk", lambda *_: looked_up.append(True))
+
+    with pytest.raises(DownloadCancelled) as raised:
+        download(TINY, target, endpoint=hub.url, should_stop=lambda: bool(looked_up))
+
+    assert hub.downloads == []
+    assert part.stat().st_size == 2_000_000
+    assert raised.value.hint.startswith("2.0 MB are kept")
+
+
 def test_offline_mode_is_named(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
