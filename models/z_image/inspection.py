@@ -66,7 +66,7 @@ def _transformer(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "kind": "checkpoint" if parts and prefix else "transformer",
         "summary": f"Z-Image{_OMNI if is_omni else ''} transformer{' (6B)' if published else ''}"
         + (f", {relative}" if relative and not is_omni else ""),
-        "naming": "diffusers" if any(n.endswith("layers.0.attention.norm_q.weight") for n in tensors) else "official",
+        "naming": _naming(tensors),
         "prefix": prefix,
         "contains": ["transformer", *parts],
         "like": _preset_like(sizes) if published and not is_omni else "",
@@ -74,6 +74,14 @@ def _transformer(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "formats": formats,
         "problems": problems,
     }
+
+
+def _naming(names: Iterable[str]) -> str:
+    """Whose names its tensors have: nunchaku's are diffusers' but for the fused feed_forward.net.0.proj."""
+    listed = list(names)
+    if any(".feed_forward.net.0.proj." in name for name in listed):
+        return "nunchaku"
+    return "diffusers" if any(name.endswith("layers.0.attention.norm_q.weight") for name in listed) else "official"
 
 
 def _preset_like(sizes: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ examples:
   wgp.py generate "a lighthouse at dusk" --preset z_image --resolution 1024x1024 --seed 7 --output lighthouse.png
   wgp.py generate "the same in winter" --image house.png --denoising-strength 0.6
   wgp.py presets
+  wgp.py presets --add ~/ComfyUI/models/diffusion_models
   wgp.py inspect some_checkpoint.safetensors
   wgp.py quantize model.safetensors --format int8 --output model_int8.safetensors
   wgp.py compare --formats int8,nvfp4 --output comparison

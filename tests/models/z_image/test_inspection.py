@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ from tests.support.big_files import transformer_shapes, write_safetensors
 from tests.support.tiny_model import TINY
 
 FAMILIES = {"z_image": None}
+
+
+def to_nunchaku(name: str) -> str:
+    """A name of diffusers as in nunchaku's files, whose w3 and w1 lie on top of each other."""
+    return name.replace("feed_forward.w3.", "feed_forward.net.0.proj.").replace(
+        "feed_forward.w2.", "feed_forward.net.2."
+    )
 
 
 def test_a_transformer_tells_its_sizes(model_folder: Path) -> None:
@@ -66,6 +74,18 @@ def test_packed_layers_are_counted_by_how_they_are_kept(model_folder: Path, tmp_
     (plain,) = inspect_path(model_folder / "transformer.safetensors", FAMILIES)
     assert found["parameters"] == plain["parameters"], "scales and markers are no parameters, two codes a byte are two"
     assert found["sizes"]["ffn_dim"] == TINY.ffn_dim
+
+
+@pytest.mark.parametrize(("names", "naming"), [(lambda n: n, "diffusers"), (to_nunchaku, "nunchaku")])
+def test_whose_names_a_file_has_is_told(
+    model_folder: Path, tmp_path: Path, names: Callable[[str], str], naming: str
+) -> None:
+    state = load_file(model_folder / "transformer.safetensors")
+    save_file({names(name): tensor for name, tensor in state.items()}, tmp_path / "f.safetensors")
+
+    (found,) = inspect_path(tmp_path / "f.safetensors", FAMILIES)
+
+    assert (found["kind"], found["naming"]) == ("transformer", naming)
 
 
 def test_what_a_file_says_of_its_calibration_is_told(tmp_path: Path) -> None:
