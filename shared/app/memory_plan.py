@@ -5,7 +5,7 @@ stage and a reserve. In this order:
 
     direct   everything fits into the room: all of it is put there
     mmgp     a profile (offload.py); the choice as long as the streamer is not predicted to be clearly quicker
-    stream   streamer.py with the room as its budget: what fits stays, only the rest is copied for each step
+    stream   streamer/ with the room as its budget: what fits stays, only the rest is copied for each step
 
 The prediction of a step is stream_schedule.simulate's: the blocks' computing time, from their products and the card's
 rate, against the time of their copies. mmgp copies every block of a streamed model for each step. Rates are assumed
@@ -357,7 +357,7 @@ def _tile(estimate: MemoryEstimate, most_mb: float, relief: Relief) -> tuple[int
 
 
 class _StreamedPlan:
-    """What streamer.py will do with these modules and room, as far as headers tell."""
+    """What the streamer will do with these modules and room, as far as headers tell."""
 
     def __init__(self, sizes: Mapping[str, ModuleSizes], room: int, cap: int | None) -> None:
         self._sizes = sizes

@@ -1,6 +1,6 @@
 """Which blocks of a model stay on a GPU, and how long a pass waits for the copies of the others: arithmetic, no torch.
 
-The streamer (streamer.py) works as follows, and `simulate` plays the same with a copy rate and computing times:
+The streamer (streamer/) works as follows, and `simulate` plays the same with a copy rate and computing times:
 
     blocks  run in a fixed order, pass after pass; some are resident, the others are copied to the GPU for each pass
     ring    of `depth` buffers: one block computes in its buffer while the next streamed one is copied to another
