@@ -6,7 +6,6 @@ as soon as it is done, and is kept when the next one is interrupted.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.app.annotators import fetch
+from shared.app.clock import Clock
 from shared.app.download import DownloadCancelled
 from shared.app.editing import Edit, Pass, open_edit
 from shared.app.events import STAGES, Downloading, GenerationResult, ImageDone, OnEvent, ShouldStop, Status, StepDone
@@ -39,8 +39,8 @@ from shared.app.presets import Preset
 from shared.app.prompts import WILDCARD_FOLDER, pictures
 from shared.app.retry import DOING, free_memory, given_up
 from shared.app.settings import MAX_SEED
+from shared.app.weight_hashes import WEIGHT_ROLES, WeightHashes, weights_of
 from shared.preprocess import Preprocessor
-from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import NumbersError, RunError, UserError, is_out_of_memory
 
 if TYPE_CHECKING:
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 
     from shared.app.context import AppContext
     from shared.app.settings import GenerationSettings
-
-WEIGHT_ROLES = ("transformer", "module", "text_encoder", "vae", "lora")  # files whose hashes a record keeps
 
 
 def memory_key(preset: Preset, settings: GenerationSettings) -> tuple[Any, ...]:
@@ -143,7 +141,7 @@ class Run:
             plan = make_plan(self._ctx, self._preset, self._settings, plan.machine, relief)
         edit = edit.with_preprocessor(self._fetch_preprocessor())
         self._stop_if_asked()
-        hashes = _Hashes(self._ctx.files.sha256, _weights_of(plan.files))
+        hashes = WeightHashes(self._ctx.files.sha256, weights_of(plan.files))
         self._seconds["load"] = planned - began
         while len(self._images) < len(self._alone):
             try:
@@ -213,7 +211,7 @@ class Run:
         self._notes.append(f"Memory ran out while {DOING[stage]}; {words}.")
         self._announce(Status(self._notes[-1]))
 
-    def _draw_planned(self, plan: GenerationPlan, edit: Edit, place: OutputPlace, hashes: _Hashes) -> None:
+    def _draw_planned(self, plan: GenerationPlan, edit: Edit, place: OutputPlace, hashes: WeightHashes) -> None:
         """Load the model of the plan and draw every picture that is not drawn yet."""
         began = time.perf_counter()
         self._stage = "load"
@@ -230,7 +228,7 @@ class Run:
         self._seconds["text"] += model.text_seconds
         self._seconds["load"] += time.perf_counter() - began - model.text_seconds
 
-        clock = _Clock(images=len(self._alone), steps=self._settings.num_inference_steps)
+        clock = Clock(images=len(self._alone) - len(self._images), steps=self._settings.num_inference_steps)
         for index in range(len(self._images), len(self._alone)):
             self._stop_if_asked()
             picture, seconds = self._draw_one(plan, model, edit, index, clock)
@@ -295,7 +293,7 @@ class Run:
         )
 
     def _draw_one(
-        self, plan: GenerationPlan, model: LoadedModel, edit: Edit, index: int, clock: _Clock
+        self, plan: GenerationPlan, model: LoadedModel, edit: Edit, index: int, clock: Clock
     ) -> tuple[Image.Image, float]:
         """Picture `index`, by as many drawings as the edit asks for, and the seconds it took."""
         settings = self._alone[index]
@@ -318,7 +316,7 @@ class Run:
         settings: GenerationSettings,
         asked: Pass,
         index: int,
-        clock: _Clock,
+        clock: Clock,
         drawn: int,
         passes: int,
     ) -> Image.Image:
@@ -418,63 +416,6 @@ class Run:
             raise _Stopped
 
 
-class _Clock:
-    """Estimates the seconds left from the steps and pictures so far."""
-
-    def __init__(self, *, images: int, steps: int) -> None:
-        self._images, self.steps = images, steps  # steps: of one picture
-        self._started = self._step_at = time.perf_counter()
-        self._step_seconds: list[float] = []
-        self._image_seconds: list[float] = []
-
-    def step_done(self, step: int) -> float | None:
-        """Seconds left after this step (from 1) of the present picture; None while there is nothing to go by."""
-        now = time.perf_counter()
-        if step > 1:  # the first interval of a picture holds its text encoding and all warming up
-            self._step_seconds.append(now - self._step_at)
-        self._step_at = now
-        if not self._step_seconds and not self._image_seconds:
-            return None
-        images_left = self._images - len(self._image_seconds) - 1
-        if self._image_seconds:
-            per_image = sum(self._image_seconds) / len(self._image_seconds)
-            return max(0.0, per_image * (images_left + 1) - (now - self._started))
-        per_step = sum(self._step_seconds) / len(self._step_seconds)
-        return per_step * (self.steps - step + images_left * self.steps)
-
-    def image_done(self) -> None:
-        now = time.perf_counter()
-        self._image_seconds.append(now - self._started)
-        self._started = self._step_at = now
-
-
-class _Hashes:
-    """SHA-256 of files, computed in the background while the model loads: the bytes are read from disk only once."""
-
-    def __init__(self, sha256: Callable[[Path], str], paths: Sequence[Path]) -> None:
-        self._sha256 = sha256
-        self._paths = paths
-        self._found: list[dict[str, str]] = []
-        self._error: OSError | None = None
-        # A daemon: an interrupted program does not wait until 12 GB are hashed.
-        self._thread = threading.Thread(target=self._hash_all, name="sha256", daemon=True)
-        self._thread.start()
-
-    def _hash_all(self) -> None:
-        try:
-            for path in self._paths:
-                self._found.append({"path": str(path), "sha256": self._sha256(path)})
-        except OSError as error:
-            self._error = error
-
-    def result(self) -> list[dict[str, str]]:
-        """Path and hash of each file, waited for. Raises RunError when one cannot be read."""
-        self._thread.join()
-        if self._error is not None:
-            raise RunError(f"A weights file could not be read: {self._error}.") from self._error
-        return self._found
-
-
 def to_image(pixels: Tensor) -> Image.Image:
     """The first picture of (3, N, H, W) in [-1, 1], as 8 bits per channel, rounded."""
     import torch
@@ -492,9 +433,3 @@ def _require_finite(values: Tensor, what: str, preset: Preset, seed: int) -> Non
         f"{preset.id}, seed {seed}: {what} contain {kind}; no picture was saved.",
         "The weights or their number format do not suit this device: try another file of the model, or --gpu cpu.",
     )
-
-
-def _weights_of(files: Iterable[PlannedFile]) -> list[Path]:
-    """Every weights file on disk once, shards one by one."""
-    paths = [file.path for file in files if file.role in WEIGHT_ROLES and file.path is not None]
-    return list(dict.fromkeys(part for path in paths for part in Checkpoint.open(path).files))

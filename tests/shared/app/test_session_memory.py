@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from shared.app.clock import Clock
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
 from shared.app.events import Event, Status
@@ -225,10 +226,18 @@ def test_on_a_cpu_the_end_of_memory_is_told_and_the_next_picture_is_drawn(
 
 
 def test_pictures_that_were_finished_are_kept_and_not_drawn_again(
-    ctx: AppContext, handler: FakeHandler, plans: list[MemoryPlan]
+    ctx: AppContext, handler: FakeHandler, plans: list[MemoryPlan], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handler.prepare = lambda processor: setattr(processor, "on_call", strike_at_second_picture)
     struck: list[int] = []
+    expected: list[int] = []
+
+    class CountingClock(Clock):
+        def __init__(self, *, images: int, steps: int) -> None:
+            expected.append(images)
+            super().__init__(images=images, steps=steps)
+
+    monkeypatch.setattr("shared.app.run.Clock", CountingClock)
 
     def strike_at_second_picture(processor: FakeProcessor, step: int) -> None:
         if processor.calls[-1]["seed"] == 41 and not struck:
@@ -239,6 +248,7 @@ def test_pictures_that_were_finished_are_kept_and_not_drawn_again(
 
     assert [image.seed for image in result.images] == [40, 41, 42]
     assert [call["seed"] for p in handler.processors for call in p.calls] == [40, 41, 41, 42]
+    assert expected == [3, 2], "the time left is that of the pictures that are left"
 
 
 def test_the_lesson_holds_for_the_next_picture_of_the_same_size_only(
