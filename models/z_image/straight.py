@@ -15,12 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.z_image import compiled_block
 from models.z_image.attention import TwoViews, attend
 from models.z_image.modulation import Factors
 from models.z_image.token_rows import in_parts
 from shared import ops
 from shared.ops import Rounded, Sums
-from shared.quant.linear import PackedLinear
+from shared.quant.linear import JoinedLinear, PackedLinear
+
+_CPU = torch.device("cpu")
 
 if TYPE_CHECKING:
     from models.z_image.transformer import Attention, Block, FeedForward
@@ -41,6 +44,8 @@ def serves(block: Block, x_BSD: Tensor, f: Factors) -> bool:
 
 def forward(block: Block, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews | None, f: Factors) -> Tensor:
     """What block(x_BSD, ...) gives, to the bit; with int8 weights rounded to bfloat16 four times less."""
+    if compiled_block.serves(block, x_BSD, rope, f):
+        return compiled_block.forward(block, x_BSD, rope, mask, f)
     parts: dict[str, Any] = block._modules
     attention, feed_forward = parts["attention"], parts["feed_forward"]
     qkv, w13, eps = attention._modules["qkv"], feed_forward._modules["w13"], block.eps
@@ -51,7 +56,7 @@ def forward(block: Block, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews |
         w13, x_BSD, h_BSD, f.attention_gate, f.attention_norm2, f.ffn_norm1, f.ffn_scale, eps
     )
     del h_BSD
-    h_BSD = in_parts(partial(_fed, feed_forward), normed)
+    h_BSD = in_parts(partial(_fed, feed_forward), normed, is_expanded=_is_expanded(w13))
     del normed
     return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps)
 
@@ -82,10 +87,15 @@ def product(linear: nn.Module, x: Tensor | Rounded) -> Tensor | Sums:
     if type(linear) is nn.Linear:
         own: dict[str, Any] = linear._parameters
         return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
-    if type(linear) is PackedLinear and ops.reads_sums(x):
+    if type(linear) in (PackedLinear, JoinedLinear) and ops.reads_sums(x):
         return linear.unscaled(x)
     answer = linear(x)
     return answer
+
+
+def _is_expanded(linear: nn.Module) -> bool:
+    """Whether every call unpacks the weight, so that few calls are better."""
+    return isinstance(linear, PackedLinear) and linear.kernel(_CPU).expands
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -20,10 +20,15 @@ CPU_TOKENS = 576
 GPU_TOKENS = 2304
 
 
-def in_parts(work: Callable[[Tensor | Rounded], Tensor | Sums], x_BSD: Tensor | Rounded) -> Tensor | Sums:
-    """work(x) for (B, S, D) activations, of parts of the tokens where those are many."""
+def in_parts(
+    work: Callable[[Tensor | Rounded], Tensor | Sums], x_BSD: Tensor | Rounded, *, is_expanded: bool = False
+) -> Tensor | Sums:
+    """work(x) for (B, S, D) activations, of parts of the tokens where those are many.
+
+    is_expanded: work unpacks weights at every call, which many tokens should share.
+    """
     numbers = x_BSD.codes if isinstance(x_BSD, Rounded) else x_BSD
-    tokens, most = numbers[..., 0].numel(), CPU_TOKENS if numbers.is_cpu else GPU_TOKENS
+    tokens, most = numbers[..., 0].numel(), CPU_TOKENS if numbers.is_cpu and not is_expanded else GPU_TOKENS
     if tokens <= most:
         return work(x_BSD)
     count = -(-tokens // most)
@@ -33,11 +38,14 @@ def in_parts(work: Callable[[Tensor | Rounded], Tensor | Sums], x_BSD: Tensor | 
 def _cut(x_BSD: Tensor | Rounded, tokens: int) -> Iterator[Tensor | Rounded]:
     """(1, tokens, D) each, the last one shorter."""
     if isinstance(x_BSD, Rounded):
-        codes = x_BSD.codes.flatten(0, -2)[None].split(tokens, dim=1)
+        codes = x_BSD.codes.flatten(0, -2).split(tokens)
         for some, scale in zip(codes, x_BSD.scale.split(tokens), strict=True):
-            yield Rounded(some, scale, x_BSD.dtype)
+            yield Rounded(some[None], scale, x_BSD.dtype)
     else:
-        yield from x_BSD.flatten(0, -2)[None].split(tokens, dim=1)
+        for part in x_BSD.flatten(0, -2).split(tokens):
+            # The first axis is added last: cut from a tensor that has it, a part steps over all of that there, and
+            # torch's linear takes twice the time for it.
+            yield part[None]
 
 
 def _joined(parts: Sequence[Tensor | Sums], shape: torch.Size) -> Tensor | Sums:

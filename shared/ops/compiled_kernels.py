@@ -21,6 +21,7 @@ by comparing bits as integers, among which NaN is the largest: a row with NaN ge
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,10 @@ kernel = njit(**_HOW)
 _LARGEST_CODE = np.float32(127)
 _SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
-# exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2: there r's Taylor series to the seventh term is float32's
-# precision. ln 2 in two parts, the first short enough that n times it is exact (W. J. Cody and W. Waite, 1980).
-_PER_LN2 = np.float32(1.4426950408889634)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_EXP_LIMIT = np.float32(87)
+# e^x = 2^(x / ln 2), and 2^x = 2^n 2^r, n = round(x), |r| <= 1/2: there the series of 2^r to its sixth power is exact
+# to float32's rounding. The coefficients are (ln 2)^k / k!.
+_PER_LN2, _LIMIT = np.float32(1 / math.log(2)), np.float32(126)
+_C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(math.log(2) ** k / math.factorial(k)) for k in range(1, 7))
 
 
 # ------------------------------------------------------------------------------------------------------- memory
@@ -221,21 +221,20 @@ def qk_norm_rope(
 
 
 @kernel
-def _exp(x):
-    """e^x within float32's rounding, for x held between -87 and 87."""
-    if x > _EXP_LIMIT:
-        x = _EXP_LIMIT
-    if x < -_EXP_LIMIT:
-        x = -_EXP_LIMIT
-    whole = np.floor(x * _PER_LN2 + np.float32(0.5))
-    rest = x - whole * _LN2_HIGH - whole * _LN2_LOW
-    power = np.float32(1 / 5040)
-    power = power * rest + np.float32(1 / 720)
-    power = power * rest + np.float32(1 / 120)
-    power = power * rest + np.float32(1 / 24)
-    power = power * rest + np.float32(1 / 6)
-    power = power * rest + np.float32(1 / 2)
-    power = power * rest + np.float32(1)
+def _power(x):
+    """2^x, for x held between -126 and 126."""
+    if x > _LIMIT:
+        x = _LIMIT
+    if x < -_LIMIT:
+        x = -_LIMIT
+    whole = np.floor(x + np.float32(0.5))
+    rest = x - whole
+    power = _C6
+    power = power * rest + _C5
+    power = power * rest + _C4
+    power = power * rest + _C3
+    power = power * rest + _C2
+    power = power * rest + _C1
     power = power * rest + np.float32(1)
     return power * number(np.uint32(np.int32(whole) + np.int32(127)) << np.uint32(23))
 
@@ -248,7 +247,7 @@ def swiglu(first, last, n, w13, kind, factors, columns, out, out_kind, out_scale
     for r in range(first, last):
         read_row(row, kind, w13, r, _factor(kind, factors, r), columns)
         for i in range(n):
-            gate[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * value[i]
+            gate[i] = gate[i] / (np.float32(1) + _power(gate[i] * -_PER_LN2)) * value[i]
         write_row(gate, out_kind, out, r, out_scales)
 
 

@@ -67,6 +67,7 @@ class Kernel:
     takes: in which 8 bits `run` takes activations of this layer that are rounded already, None where it does not.
     sums: the product of int8 codes before its scales, for an operation that applies them in its own pass; None where
         `run` gives nothing of the kind. Leaves the bias to the caller.
+    expands: makes the weight wider in memory at every call, which is better shared by many tokens.
     tried: rounds no activations and yet has to win a trial on the device, because it may not run or not pay there.
     """
 
@@ -80,6 +81,7 @@ class Kernel:
     arrange: Callable[[Packed], Packed] | None = None
     takes: Callable[[PackedLinear], Kind | None] = _as_they_are
     sums: Callable[[PackedLinear, Any], Sums] | None = None
+    expands: bool = False
     tried: bool = False
 
     @property

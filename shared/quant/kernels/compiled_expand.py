@@ -221,8 +221,17 @@ for _packing in _ROWS:
             known=_never_known if _is_fine else torch_int8.known,
             takes=(lambda _layer: None) if _is_split else _takes,
             sums=None if _is_split else _sums,
+            expands=True,
         )
     )
     register(
-        Kernel(name="compiled-bf16", packing=_packing, compute="bf16", priority=20, refuse=_refuse_bf16, run=_run_bf16)
+        Kernel(
+            name="compiled-bf16",
+            packing=_packing,
+            compute="bf16",
+            priority=20,
+            refuse=_refuse_bf16,
+            run=_run_bf16,
+            expands=True,
+        )
     )

@@ -19,5 +19,13 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 register(
-    Kernel(name="dequantize", packing=ANY, compute="bf16", priority=0, refuse=lambda _layer, _device: None, run=_run)
+    Kernel(
+        name="dequantize",
+        packing=ANY,
+        compute="bf16",
+        priority=0,
+        refuse=lambda _layer, _device: None,
+        run=_run,
+        expands=True,
+    )
 )

@@ -62,4 +62,8 @@ def _decoded(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 for _packing in ("int8", "fp8"):
-    register(Kernel(name="scale-after", packing=_packing, compute="bf16", priority=10, refuse=_refuse, run=_run))
+    register(
+        Kernel(
+            name="scale-after", packing=_packing, compute="bf16", priority=10, refuse=_refuse, run=_run, expands=True
+        )
+    )

@@ -76,7 +76,7 @@ def _widened(packed: Packed) -> Packed:
 register(
     Kernel(
         name="svdq-split-wide", packing="svdq", compute="bf16", priority=15, refuse=_refuse_widening, run=_run,
-        arrange=_widened,
+        arrange=_widened, expands=True,
     )
 )  # fmt: skip
-register(Kernel(name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run))
+register(Kernel(name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run, expands=True))
