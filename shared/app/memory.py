@@ -382,7 +382,7 @@ def _open_part(path: Path, role: str) -> Checkpoint:
 def _module(files: Sequence[Checkpoint], compute_bytes: int, *, is_joined: bool = True) -> ModuleSizes:
     """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count.
 
-    is_joined: whether rows of packed matrices are copied, so that one product makes several (q, k and v) of them.
+    is_joined: whether rows of packed matrices may be copied, so that one product makes several (q, k and v) of them.
     """
     blocks: dict[str, int] = {}
     counts: dict[str, int] = {}

@@ -36,6 +36,9 @@ class Part:
         return list(self.blocks) == sorted(self.blocks)
 
 
+# Packings whose numbers are multiplied from where they lie in the file, by the beginnings of their names.
+_READ_AS_THEY_LIE = ("int8", "fp8", "gguf")
+
 # Our module's (or bare parameter's) name -> what fills it, in the file's order.
 Plan = dict[str, list[Part]]
 
@@ -72,8 +75,8 @@ def fill(
     source: the file, for errors. hint: given the names nothing here takes, what to tell the user. compute: how packed
     layers are multiplied (kernels/__init__.py). Plain tensors of the right type and layout stay mapped from disk; what
     has to be copied is, layer by layer, without its source staying in memory.
-    join: False leaves also those plain linears mapped whose rows stand apart in the file: each becomes a JoinedLinear,
-    which costs a copy of its outputs instead of one of its weight.
+    join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
+    each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
     Raises LayerMismatchError listing the first five missing, doubled, unexpected and misshapen tensors each;
     UnknownFormatError and CheckpointError as the formats do.
     """
@@ -84,7 +87,7 @@ def fill(
         parts = plan[module]
         is_linear = "weight" in parameters and isinstance(model.get_submodule(module), nn.Linear)
         if any(format_of(p.layer) for p in parts):
-            filled = _packed_linear(parts, "bias" in parameters, dtype, compute)
+            filled = _packed_linear(parts, "bias" in parameters, dtype, compute, join)
             if is_linear:
                 _replace(model, module, filled)
             else:  # an embedding table, say: nothing multiplies it, so it is unpacked once
@@ -210,9 +213,9 @@ def _apart(parts: Sequence[Part], has_bias: bool, dtype: torch.dtype) -> JoinedL
 
 
 def _packed_linear(
-    parts: Sequence[Part], has_bias: bool, dtype: torch.dtype, compute: str
+    parts: Sequence[Part], has_bias: bool, dtype: torch.dtype, compute: str, join: bool
 ) -> PackedLinear | JoinedLinear:
-    """One PackedLinear where the parts can be joined, else a JoinedLinear of one layer per block."""
+    """One PackedLinear where the parts can (and are to) be joined, else a JoinedLinear of one layer per block."""
     from shared.quant.linear import JoinedLinear, PackedLinear
     from shared.quant.packing import Packed, join_rows
 
@@ -229,7 +232,8 @@ def _packed_linear(
             blocks[block] = whole.take_rows(start, stop) if isinstance(whole, Packed) else whole[start:stop]
     ordered = [blocks[i] for i in sorted(blocks)]
     packed = [b for b in ordered if isinstance(b, Packed)]
-    joined = join_rows(packed) if len(packed) == len(ordered) else None
+    stays_apart = not join and len(parts) > 1 and all(b.packing.name.startswith(_READ_AS_THEY_LIE) for b in packed)
+    joined = join_rows(packed) if len(packed) == len(ordered) and not stays_apart else None
     if joined is not None:
         return PackedLinear(joined, bias, dtype, compute=compute)
     biases = [None] * len(ordered) if bias is None else list(bias.chunk(len(ordered)))

@@ -127,7 +127,8 @@ class PackedLinear(nn.Linear):
 class JoinedLinear(nn.Linear):
     """Linears over the same input, their outputs side by side: a fused layer whose parts are kept differently.
 
-    Some are packed and some are not, or they are plain and lie apart in a mapped file.
+    Some are packed and some are not, or they lie apart in a mapped file. Where all are packed it takes and hands on
+    integers as one PackedLinear would: activations are rounded once for all parts.
     """
 
     _mm_requires_native_linear_forward = True
@@ -140,15 +141,36 @@ class JoinedLinear(nn.Linear):
         self.register_parameter("bias", None)
         self._spec = WeightSpec(torch.Size((self.out_features, self.in_features)), parts[0].weight.dtype)
         self._all_plain = all(type(part) is nn.Linear and part.bias is None for part in parts)
+        self._all_packed = all(type(part) is PackedLinear and part.bias is None for part in parts)
 
     @property
     def weight(self) -> WeightSpec:  # type: ignore[override]
         return self._spec
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._all_plain and x.device.type == "cpu" and not x.requires_grad:
+    def forward(self, x: Tensor | Rounded) -> Tensor:
+        if self._all_plain and isinstance(x, Tensor) and x.device.type == "cpu" and not x.requires_grad:
             return self._side_by_side(x)
         return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def unscaled(self, x: Tensor | Rounded) -> Tensor | Sums:
+        """As PackedLinear's."""
+        if not (self._all_packed and isinstance(x, Rounded)):
+            return self(x)  # type: ignore[no-any-return]
+        answers = [part.unscaled(x) for part in self.parts]
+        sums = [answer for answer in answers if isinstance(answer, Sums)]
+        if len(sums) < len(answers):
+            tensors = [answer.restore() if isinstance(answer, Sums) else answer for answer in answers]
+            return torch.cat(tensors, dim=-1)
+        first = sums[0]  # all have the scales of the same activations
+        numbers, columns = torch.cat([s.sums for s in sums], dim=1), torch.cat([s.column for s in sums])
+        return Sums(numbers, first.row, columns, torch.Size((*first.shape[:-1], self.out_features)), first.dtype)
+
+    def takes(self, device: torch.device) -> Kind | None:
+        """As PackedLinear's."""
+        if not self._all_packed or self._forward_hooks or self._forward_pre_hooks or "forward" in vars(self):
+            return None
+        kinds: set[Kind | None] = {part.takes(device) for part in self.parts}
+        return kinds.pop() if len(kinds) == 1 else None
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in the layer's type."""

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shared.ops import Sums, round_rows
 from shared.quant import kernels
 from shared.quant.linear import JoinedLinear, PackedLinear
 from shared.quant.packing import Packed, join_rows
+from shared.quant.packings import int8
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,36 @@ def test_parts_packed_differently_are_not_joined_but_stand_side_by_side() -> Non
 
     assert layer(x).shape == (5, 7)
     torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize()))
+
+
+def int8_layer(rows: int) -> PackedLinear:
+    codes, scale = int8.quantize(torch.randn(rows, 64))
+    return PackedLinear(int8.pack(codes, scale), None, torch.bfloat16, compute="int8")
+
+
+@torch.no_grad()
+def test_packed_parts_take_and_hand_on_integers_as_one_layer_of_all_their_rows() -> None:
+    parts = [int8_layer(32), int8_layer(16)]
+    joined = join_rows([part.packed for part in parts])
+    assert joined is not None
+    one, apart = PackedLinear(joined, None, torch.bfloat16, compute="int8"), JoinedLinear(parts)
+    x = torch.randn(2, 5, 64).bfloat16()
+    rounded, cpu = round_rows(x, "int8"), torch.device("cpu")
+
+    assert apart.takes(cpu) == one.takes(cpu) == "int8"
+    assert torch.equal(apart(x), one(x)) and torch.equal(apart(rounded), one(rounded))
+    sums, expected = apart.unscaled(rounded), one.unscaled(rounded)
+    assert isinstance(sums, Sums) and isinstance(expected, Sums)
+    assert sums.shape == expected.shape
+    assert all(map(torch.equal, sums[:3], expected[:3]))
+
+
+def test_what_hangs_on_packed_parts_reads_the_activations_themselves() -> None:
+    layer = JoinedLinear([int8_layer(32), int8_layer(16)])
+    layer.register_forward_hook(lambda *_: None)
+
+    assert layer.takes(torch.device("cpu")) is None
+    assert JoinedLinear([int8_layer(32), nn.Linear(64, 16, bias=False)]).takes(torch.device("cpu")) is None
 
 
 @pytest.mark.parametrize("bias", [False, True])
