@@ -8,6 +8,7 @@ CPUs have no such instructions: torch expands both sides there, which is for che
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,11 +38,22 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
     if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:
         return f"{layer.out_features} x {layer.in_features} is not a multiple of {_MULTIPLE} both ways"
     if device.type == "cpu":
-        return None
+        return _refusal_of_cpus()
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU or a CPU, the device is {device.type}"
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return "needs compute capability 8.9"
+    return None
+
+
+@cache
+def _refusal_of_cpus() -> str | None:
+    """Whether this torch multiplies by scales of rows on CPUs, which 2.11 did not yet."""
+    codes, scale = torch.zeros(_MULTIPLE, _MULTIPLE, dtype=torch.float8_e4m3fn), torch.ones(_MULTIPLE, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+    except RuntimeError:
+        return f"torch {torch.__version__} has no scales by rows on CPUs"
     return None
 
 

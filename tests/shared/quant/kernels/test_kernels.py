@@ -19,7 +19,7 @@ from torch import Tensor
 from shared.ops.rounding import round_rows
 from shared.quant import kernels
 from shared.quant.formats import svdq as files
-from shared.quant.kernels import Kernel, comfy
+from shared.quant.kernels import Kernel, comfy, torch_fp8
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Svdq
@@ -33,6 +33,7 @@ from tests.shared.quant.kernels.conftest import (
     pack_mxfp8,
     pack_nvfp4,
     pack_svdq,
+    skip_where_cpus_lack,
 )
 
 CPU = torch.device("cpu")
@@ -139,6 +140,7 @@ def error_of(layer: PackedLinear, name: str, x: Tensor) -> float:
 )
 @pytest.mark.usefixtures("on_cpu")
 def test_the_product_is_right(name: str, packed: Any, limit: float, make: MakeLayer, activations: Tensor) -> None:
+    skip_where_cpus_lack(name)
     with_bias, without = make(packed()), make(packed(), bias=False)
 
     assert error_of(with_bias, name, activations) < limit
@@ -279,7 +281,23 @@ def test_the_library_is_held_to_its_fast_backend() -> None:
         raise RuntimeError("cuda is there: nothing to show")
 
 
+def test_a_torch_without_scales_by_rows_on_cpus_is_passed_over(
+    make: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one_scale_only(*_args: Any, **_options: Any) -> Tensor:
+        raise RuntimeError("Now _scaled_mm only supports per-tensor scaling for CPU backend.")
+
+    monkeypatch.setattr(torch, "_scaled_mm", one_scale_only)
+    torch_fp8._refusal_of_cpus.cache_clear()
+
+    found = kernel_named("torch-fp8", "fp8").refuse(make(pack_fp8()), CPU)
+
+    torch_fp8._refusal_of_cpus.cache_clear()
+    assert found == f"torch {torch.__version__} has no scales by rows on CPUs"
+
+
 def test_torch_fp8_takes_tokens_that_are_rounded_already(make: MakeLayer, activations: Tensor) -> None:
+    skip_where_cpus_lack("torch-fp8")
     layer = make(pack_fp8())
     kernel = kernel_named("torch-fp8", "fp8")
 

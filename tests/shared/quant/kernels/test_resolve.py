@@ -17,7 +17,15 @@ from shared.quant.kernels import Kernel, torch_int8
 from shared.quant.kernels.resolve import resolve
 from shared.quant.kernels.trial import try_out
 from shared.quant.linear import PackedLinear
-from tests.shared.quant.kernels.conftest import COLUMNS, ROWS, MakeLayer, pack_fp8, pack_int8, pack_nvfp4
+from tests.shared.quant.kernels.conftest import (
+    COLUMNS,
+    ROWS,
+    MakeLayer,
+    pack_fp8,
+    pack_int8,
+    pack_nvfp4,
+    skip_where_cpus_lack,
+)
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 VNNI = {"avx512_vnni": True}
@@ -102,6 +110,7 @@ def test_auto_expands_small_layers_where_rounding_costs_what_it_saves(make: Make
 
 
 def test_what_is_asked_for_is_taken_and_others_say_so(make: MakeLayer) -> None:
+    skip_where_cpus_lack("torch-fp8")
     of_fp8, of_int8 = resolve([nn.ModuleList([make(pack_fp8()), make(pack_int8())])], CPU, "fp8")
 
     assert (of_fp8.kernel, of_fp8.reason) == ("torch-fp8", "asked for")
@@ -224,6 +233,7 @@ def test_a_full_memory_is_not_blamed_on_a_kernel(make: MakeLayer) -> None:
 def test_a_lora_adds_the_same_on_every_kernel(
     packed: Any, compute: str, kernel: str, make: MakeLayer, tmp_path: Any
 ) -> None:
+    skip_where_cpus_lack(kernel)
     generator = torch.Generator().manual_seed(0)
     down, up = torch.randn(4, COLUMNS, generator=generator), torch.randn(ROWS, 4, generator=generator)
     name = "diffusion_model.layers.0.attention.out"
