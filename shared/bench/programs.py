@@ -43,17 +43,19 @@ def _on_cpu(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence
     )
     flags = ["--gpu", "cpu", "--prompt-cache", "0", *flags]
     for preset in presets:
-        found = {
-            steps: _draw(stand, f"{preset}, 256x256, {steps} forwards", root, preset, "256x256", steps, flags, by="cpu")
-            for steps in (_FEW, _ALL)
-        }
-        few, many = found[_FEW], found[_ALL]
-        for steps, values in found.items():
-            if few is not None and many is not None and values is not None:
-                each = (many["cpu_seconds"] - few["cpu_seconds"]) / (_ALL - _FEW)
-                values |= {"forwards_cpu_seconds": round(each * steps, 2)}
-            if values is not None:
-                stand.record(f"{preset}, 256x256, {steps} forwards", "ours", values)
+        found: dict[int, dict[str, float] | None] = {}
+        try:
+            for steps in (_FEW, _ALL):
+                row = f"{preset}, 256x256, {steps} forwards"
+                found[steps] = _draw(stand, row, root, preset, "256x256", steps, flags, by="cpu")
+        finally:  # an interrupt leaves what was measured
+            few, many = found.get(_FEW), found.get(_ALL)
+            for steps, values in found.items():
+                if values is not None:
+                    if few is not None and many is not None:
+                        each = (many["cpu_seconds"] - few["cpu_seconds"]) / (_ALL - _FEW)
+                        values |= {"forwards_cpu_seconds": round(each * steps, 2)}
+                    stand.record(f"{preset}, 256x256, {steps} forwards", "ours", values)
 
 
 def _cold(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[str]) -> None:
