@@ -88,7 +88,8 @@ def product(linear: nn.Module, x: Tensor | Rounded) -> Tensor | Sums:
         own: dict[str, Any] = linear._parameters
         return F.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
     if type(linear) in (PackedLinear, JoinedLinear) and ops.reads_sums(x):
-        return linear.unscaled(x)
+        packed: Any = linear
+        return packed.unscaled(x)  # type: ignore[no-any-return]
     answer = linear(x)
     return answer
 
