@@ -39,8 +39,8 @@ _HOW: dict[str, Any] = {
 }
 kernel = njit(**_HOW)
 
-_LARGEST_CODE = np.float32(127)
-_SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
+LARGEST_CODE = np.float32(127)
+SMALLEST_SCALE = np.float32(np.finfo(np.float32).tiny)
 
 # e^x = 2^(x / ln 2), and 2^x = 2^n 2^r, n = round(x), |r| <= 1/2: there the series of 2^r to its sixth power is exact
 # to float32's rounding. The coefficients are (ln 2)^k / k!.
@@ -128,9 +128,9 @@ def write_row(row, kind, address, index, scales):
         largest = np.uint32(0)
         for i in range(n):
             largest = max(largest, bits_of(row[i]) & np.uint32(0x7FFFFFFF))
-        scale = number(largest) / _LARGEST_CODE
-        if scale < _SMALLEST_SCALE:
-            scale = _SMALLEST_SCALE
+        scale = number(largest) / LARGEST_CODE
+        if scale < SMALLEST_SCALE:
+            scale = SMALLEST_SCALE
         floats(scales, index + 1)[index] = scale
         for i in range(n):
             codes[i] = np.int8(np.int32(np.rint(row[i] / scale)))

@@ -13,7 +13,17 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from shared.ops.compiled_kernels import at, bits_of, floats, kernel, number, write_row
+from shared.ops.compiled_kernels import (
+    CODES,
+    LARGEST_CODE,
+    SMALLEST_SCALE,
+    at,
+    bits_of,
+    floats,
+    kernel,
+    number,
+    write_row,
+)
 
 E4M3, E5M2, INT4 = 0, 1, 2  # kinds of codes
 HALF, BRAIN = 3, 4  # scales in float16 and bfloat16
@@ -95,6 +105,7 @@ def nibbles(first, last, n, codes, kind, high_first, scales, scales_kind, group,
     HALF or BRAIN. row_scales: rows' float32, 0 for none.
     """
     row, groups = np.empty(n, np.float32), n // group
+    factors = np.empty(groups, np.float32)
     unit = np.float32(1) if kind == INT4 else np.float32(0.5)
     for r in range(first, last):
         packed = _bytes(codes + r * (n // 2), n // 2)
@@ -120,11 +131,36 @@ def nibbles(first, last, n, codes, kind, high_first, scales, scales_kind, group,
                 scale = _half(np.int64(wide[g]))
             else:
                 scale = number(np.uint32(wide[g]) << np.uint32(16))
-            scale *= of_row
-            part = row[g * group : (g + 1) * group]
+            factors[g] = scale * of_row
+        if out_kind == CODES:
+            _round_groups(row, factors, np.float32(8 if kind == INT4 else 12), out, r, out_scales)
+            continue
+        for g in range(groups):
+            part, factor = row[g * group : (g + 1) * group], factors[g]
             for i in range(group):
-                part[i] *= scale
+                part[i] *= factor
         write_row(row, out_kind, out, r, out_scales)
+
+
+@kernel
+def _round_groups(row, factors, largest, out, r, out_scales):
+    """Row r as int8 codes: numbers up to `largest`, times a factor for each group of them.
+
+    The scale is by the largest factor, as if a number of that group took the largest value, which with blocks of 16 or
+    64 one nearly always does: one pass less than to look for the largest product.
+    """
+    n, groups = len(row), len(factors)
+    most = np.uint32(0)
+    for g in range(groups):
+        most = max(most, bits_of(factors[g]) & np.uint32(0x7FFFFFFF))
+    scale = max(number(most) * largest / LARGEST_CODE, SMALLEST_SCALE)
+    floats(out_scales, r + 1)[r] = scale
+    codes = carray(at(out + r * n), n, np.int8)
+    group = n // groups
+    for g in range(groups):
+        factor, part, result = factors[g] / scale, row[g * group : (g + 1) * group], codes[g * group : (g + 1) * group]
+        for i in range(group):
+            result[i] = np.int8(np.int32(np.rint(part[i] * factor)))
 
 
 @kernel

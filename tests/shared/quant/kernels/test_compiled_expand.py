@@ -120,9 +120,11 @@ def test_rows_are_the_packings_own(name: str) -> None:
     torch.testing.assert_close(whole, expected, rtol=2e-6, atol=float(expected.abs().max()) * 1e-6)
     assert torch.equal(narrow, whole.bfloat16())
     assert scale is not None
-    torch.testing.assert_close(scale, whole.abs().amax(1, keepdim=True) / 127, rtol=1e-6, atol=0)
+    least = whole.abs().amax(1, keepdim=True) / 127
+    # Of nibbles the largest value counts that a code can have: -8, which scales are not made for, or an E2M1 code's 6.
+    room = 8 / 7 if packed.packing.name in ("nvfp4", "svdq") else 1.0
+    assert bool((scale >= least * 0.99999).all()) and bool((scale <= least * room * 1.00001).all())
     assert (codes - whole / scale).abs().max() < 0.5001  # a half may go either way
-    assert codes.abs().max() == 127
 
 
 def test_every_packing_in_the_table_is_tested() -> None:
