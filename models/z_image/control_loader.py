@@ -200,7 +200,7 @@ def _header_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The header's `config`, as diffusers and VideoX-Fun spell it; {} where there is none or it is no object."""
     try:
         given = json.loads(checkpoint.metadata.get("config") or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     places = given.get("control_layers_places") if isinstance(given, dict) else None
     return given if isinstance(places, list) and all(type(place) is int for place in places) else {}

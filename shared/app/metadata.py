@@ -222,6 +222,6 @@ def _user_comment(image: Image.Image) -> str | None:
 def _as_record(text: str | None) -> dict[str, Any] | None:
     try:
         value = json.loads(text) if text else None
-    except ValueError:  # another program's free text
+    except (ValueError, RecursionError):  # another program's free text, of nothing but brackets at the worst
         return None
     return value if isinstance(value, dict) else None

@@ -14,7 +14,7 @@ import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from models.z_image import conversion, lora
+from models.z_image import control_loader, conversion, lora
 from models.z_image.config import TransformerConfig
 from models.z_image.control import ControlBranch, ControlSignal
 from models.z_image.control_config import ControlConfig, Refiner, release_of
@@ -160,6 +160,13 @@ def assert_agreement(ours: ZImageTransformer, theirs: Any, trunk: Any, release: 
         result = ours(latents, time, captions, ControlSignal(context, 0.7))
 
     assert relative_error(result, torch.stack(list(expected))[:, :, 0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("text", ["{", "3", "[" * 100_000], ids=["cut", "number", "brackets"])
+def test_a_header_config_of_something_else_is_passed_over(tmp_path: Path, text: str) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "c.safetensors", metadata={"config": text})
+
+    assert control_loader._header_config(Checkpoint.open(tmp_path / "c.safetensors")) == {}
 
 
 @pytest.mark.parametrize("release", ["1.0", "2.1"])

@@ -122,7 +122,7 @@ def test_a_settings_file_is_read_like_a_picture(tmp_path: Path) -> None:
     assert read_record(tmp_path / "settings.json") == RECORD
 
 
-@pytest.mark.parametrize("comment", [None, "made with love", "[1, 2]"])
+@pytest.mark.parametrize("comment", [None, "made with love", "[1, 2]", pytest.param("[" * 100_000, id="brackets")])
 def test_a_picture_of_another_program_has_no_record(tmp_path: Path, comment: str | None) -> None:
     from PIL.PngImagePlugin import PngInfo
 
