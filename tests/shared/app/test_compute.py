@@ -11,9 +11,12 @@ from shared.app.context import AppContext
 from shared.app.plan import choose_compute
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
+from shared.quant.kernels import torch_int8
 from shared.quant.linear import PackedLinear
 from shared.quant.packings import int8
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
+
+CPU = torch.device("cpu")
 
 
 def with_a_packed_layer(processor: FakeProcessor) -> None:
@@ -58,6 +61,27 @@ def test_the_kernels_are_chosen_at_load_told_and_recorded(tmp_path: Path, handle
     assert result.as_dict()["kernels"] == ["1 int8 layers by torch-int8"]
     assert result.images[0].record["provenance"]["kernels"] == result.kernels
     assert ctx.session.plan("one", order(ctx)).as_dict()["compute"] == {"value": "int8", "reason": "asked for"}
+
+
+@pytest.mark.parametrize(("compute", "reading"), [("auto", "scale-after"), ("int8", "torch-int8")])
+def test_a_text_encoders_activations_are_rounded_only_when_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compute: str, reading: str
+) -> None:
+    monkeypatch.setattr(torch_int8, "_LARGE", 16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+
+    def prepare(processor: FakeProcessor) -> None:
+        with_a_packed_layer(processor)
+        processor.text_encoder.add_module("packed", processor.transformer.packed.twin(CPU))
+
+    write_preset(tmp_path, "one")
+    handler = FakeHandler(prepare=prepare)
+    ctx = fake_context(tmp_path, handler, compute=compute)
+    ctx.session.generate("one", order(ctx))
+
+    (processor,) = handler.processors
+    assert processor.transformer.packed.kernel(CPU).name == "torch-int8"
+    assert processor.text_encoder.packed.kernel(CPU).name == reading
 
 
 def test_another_kind_loads_the_model_anew(tmp_path: Path, handler: FakeHandler) -> None:
