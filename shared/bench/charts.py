@@ -8,8 +8,8 @@ from xml.sax.saxutils import escape
 
 Point = tuple[float, float]
 
-_WIDTH, _HEIGHT = 720, 420
-_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 170, 46, 56
+_WIDTH, _HEIGHT = 940, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 390, 46, 56  # at the right the names of peers, up to 53 letters
 # Okabe and Ito's colours, which the colour-blind can tell apart; the floor is grey.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _FLOOR = "#888888"
@@ -76,7 +76,7 @@ def points(title: str, x_title: str, y_title: str, named: Mapping[str, Point]) -
         parts.append(_text(_LEFT - 8, at(10.0**power) + 4, f"{10.0**power:g}", anchor="end"))
     for quarter in range(5):
         x = right * quarter / 4
-        parts.append(_text(_x(x, right), _HEIGHT - _BOTTOM + 18, f"{x:,.4g}", anchor="middle"))
+        parts.append(_text(_x(x, right), _HEIGHT - _BOTTOM + 18, _number(x), anchor="middle"))
     for index, (name, (x, y)) in enumerate(named.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         parts.append(_dot(_x(x, right), at(y), colour, 6))
@@ -100,7 +100,7 @@ def _y_axis(top: float, right: int = _RIGHT) -> list[str]:
     for quarter in range(5):
         y = top * quarter / 4
         parts.append(_grid(_y(y, top), right))
-        parts.append(_text(_LEFT - 8, _y(y, top) + 4, f"{y:,.4g}", anchor="end"))
+        parts.append(_text(_LEFT - 8, _y(y, top) + 4, _number(y), anchor="end"))
     return parts
 
 
@@ -138,6 +138,10 @@ def _x(x: float, right: float) -> float:
 
 def _y(y: float, top: float) -> float:
     return _HEIGHT - _BOTTOM - y / top * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _nice(value: float) -> float:

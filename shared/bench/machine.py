@@ -15,6 +15,7 @@ from typing import Any
 _PACKAGES = (
     "torch",
     "triton",
+    "numba",
     "diffusers",
     "transformers",
     "optimum-quanto",

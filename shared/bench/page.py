@@ -32,8 +32,8 @@ network in float32 (bf16 where a float32 copy would not fit), so every figure of
 _GOAL_TITLES = ("What", "Goal", "Floor", "Published", "Peer, same run", "Ours", "First", "Reached", "Measured")
 _UNMEASURED = "Not measured yet"
 
-# Values of a row that a plot of time over size needs.
-_DRAWN = {"ms", "tokens", "gflop"}
+# Who computes in bf16: nobody is below its floor, so a roof measured while others worked is no lower than these reach.
+_IN_BF16 = ("ours", "P1", "P2")
 
 
 def render(results: Sequence[Results], goals: Sequence[Goal] = GOALS) -> dict[str, str]:
@@ -118,7 +118,7 @@ def _cases(results: Sequence[Results], machines: Mapping[str, tuple[str, Machine
 
 
 def _versions(record: Record) -> str:
-    shown = ("python", "torch", "diffusers", "optimum-quanto", "comfy-kitchen", "mmgp")
+    shown = ("python", "torch", "numba", "diffusers", "optimum-quanto", "comfy-kitchen", "mmgp")
     return ", ".join(f"{name} {record.versions[name]}" for name in shown if name in record.versions)
 
 
@@ -151,6 +151,8 @@ def _plots(results: Sequence[Results]) -> Iterator[tuple[str, tuple[str, str]]]:
         if case == "C3":
             roof = newest.get((slug, "C0"))
             yield from _block_plots(record, roof[1] if roof else None, machine)
+        if case == "C4":
+            yield from _program_plot(record, machine)
         if case == "B1":
             yield from _forward_plot(record, newest.get((slug, "B0")), machine)
 
@@ -161,7 +163,7 @@ def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iter
         row for row in record.rows if row.row.startswith("growth, ") and {"ms", "tokens", "gflop"} <= row.values.keys()
     ]
     if grown:
-        rate = 0.0 if roofs is None else _best_rate(roofs, "bf16")
+        rate = 0.0 if roofs is None else max(_best_rate(roofs, "bf16"), *(_rate(r) for r in grown if r.who in _IN_BF16))
         yield _IMAGES.format("time"), _time_plot(grown, rate, f"One block of real width, bf16 and int8, {where}")
     weights = {
         row.who.removeprefix("ours ").replace("ours", "bf16"): float(row.values["weight_bytes"]) / 1e6
@@ -180,6 +182,19 @@ def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iter
         title = f"Speed and error of one block, 1024 tokens, {where}"
         drawn = charts.points(title, "CPU ms", "relative error against float32", placed)
         yield _IMAGES.format("error"), (title, drawn)
+
+
+def _program_plot(record: Record, machine: Machine) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The most RAM that each model took, all of it and what was the program's own."""
+    most: dict[str, float] = {}
+    for row in record.rows:
+        preset = row.row.partition(",")[0]
+        for key, name in (("peak_rss_mb", preset), ("peak_own_mb", f"{preset}, own")):
+            if key in row.values:
+                most[name] = max(most.get(name, 0.0), float(row.values[key]) * 2**20 / 1e9)
+    if most:
+        title = f"RAM of the whole program at 256x256, one thread of {machine.cpu}"
+        yield _IMAGES.format("ram"), (title, charts.bars(title, "GB", most, unit="GB"))
 
 
 def _forward_plot(
@@ -208,5 +223,9 @@ def _time_plot(rows: Sequence[Row], rate: float, title: str) -> tuple[str, str]:
 
 def _best_rate(roofs: Record, kind: str) -> float:
     """The highest rate of products in a type, GFLOP per ms; 0 when none was taken."""
-    rows = [row for row in roofs.rows if row.who == f"raw {kind}" and "gflop" in row.values]
-    return max((float(row.values["gflop"]) / float(row.values["ms"]) for row in rows), default=0.0)
+    return max((_rate(row) for row in roofs.rows if row.who == f"raw {kind}" and "gflop" in row.values), default=0.0)
+
+
+def _rate(row: Row) -> float:
+    """GFLOP per ms."""
+    return float(row.values["gflop"]) / float(row.values["ms"])

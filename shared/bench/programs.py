@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PROMPT = "a lighthouse on a cliff at dusk, waves below, a small boat with a red sail"
 CAPS_GB = (24, 16, 12, 8, 6, 4, 3, 2)
+# Who moves the weights under a cap: the program's own choice, then each by name.
+ENGINES = ("auto", "stream", "mmgp")
+_OURS = {"auto": "ours", "stream": "ours streamed", "mmgp": "P6"}
 _RUNS = 2
 _HOW = f"a fresh process each time, least of {_RUNS}; page cache warm from the first"
 _TIMEOUT = 3600  # seconds
@@ -67,19 +70,30 @@ def _cold(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[s
 def _capped(stand: Stand, *, root: Path, presets: Sequence[str], flags: Sequence[str]) -> None:
     stand.how = _HOW
     for preset in presets:
-        caps = {"no cap": [], **{f"{cap} GB": ["--max-vram", f"{cap}GB"] for cap in CAPS_GB}}
-        for name, cap in caps.items():
-            _measure(stand, f"{preset}, {name}", root, preset, ["--gpu", "cuda", *cap, *flags])
+        _measure(stand, f"{preset}, no cap", root, preset, ["--gpu", "cuda", *flags])
+        for cap in CAPS_GB:
+            for engine in (engine for engine in ENGINES if stand.wants(_OURS[engine])):
+                given = ["--gpu", "cuda", "--max-vram", f"{cap}GB", "--offload", engine, *flags]
+                _measure(stand, f"{preset}, {cap} GB", root, preset, given, who=_OURS[engine])
 
 
-def _measure(stand: Stand, row: str, root: Path, preset: str, flags: Sequence[str]) -> None:
-    values = _draw(stand, row, root, preset, "1024x1024", 8, flags, by="wall")
+def _measure(stand: Stand, row: str, root: Path, preset: str, flags: Sequence[str], who: str = "ours") -> None:
+    values = _draw(stand, row, root, preset, "1024x1024", 8, flags, by="wall", who=who)
     if values is not None:
-        stand.record(row, "ours", values)
+        stand.record(row, who, values)
 
 
 def _draw(
-    stand: Stand, row: str, root: Path, preset: str, resolution: str, steps: int, flags: Sequence[str], *, by: str
+    stand: Stand,
+    row: str,
+    root: Path,
+    preset: str,
+    resolution: str,
+    steps: int,
+    flags: Sequence[str],
+    *,
+    by: str,
+    who: str = "ours",
 ) -> dict[str, float] | None:
     """Draw one picture as often as it takes; the values of the quickest by that clock, or a note and None.
 
@@ -107,7 +121,7 @@ def _draw(
         wall, cpu = time.perf_counter() - began, _children_seconds() - cpu
         if process.returncode:
             why = (errors.strip() or "no reason given").splitlines()
-            stand.note(f"{row}: not drawn ({why[-1]}).")
+            stand.note(f"{row}{'' if who == 'ours' else f', {who}'}: not drawn ({why[-1]}).")
             return None
         runs.append(_values(json.loads(output.strip().splitlines()[-1]), wall, cpu, peak.mib))
     quickest = min(runs, key=lambda run: run[f"{by}_seconds"])

@@ -93,7 +93,7 @@ def _absolute(check: Check, row: str, who: str, record: Record, named: bool = Fa
     """The figure behind a quotient, in its own unit."""
     if not check.versus or check.per:
         return ""
-    unit = {"ms": "ms", "seconds": "s"}.get(check.key, check.key)
+    unit = {"ms": "ms", "seconds": "s", "cpu_seconds": "CPU s"}.get(check.key, check.key)
     figure = _figure(_number(check, record, row, who) or 0.0, unit)
     return f"{figure} {label(who)}" if named else f" ({figure})"
 

@@ -83,7 +83,7 @@ def fake_forward(dtype: torch.dtype, config: TransformerConfig | None = None) ->
 
 
 def _try_kernels() -> None:
-    """Compiled operations are tried out when first asked for: that is no work of a forward, nor one for fake tensors."""
+    """Compiled operations are tried out when first asked for: no work of a forward's, and none for fake tensors."""
     with torch.no_grad():
         ops.implementation(torch.empty(0))
 

@@ -35,7 +35,7 @@ _PROGRAM = Path(__file__).resolve().parents[3]
 def opening(stand: Stand, sizes: Mapping[str, TransformerConfig] | None = None) -> None:
     """Each contender opens each file it knows the names of; the least of three processes counts."""
     stand.how = f"wall clock in a fresh process each time, least of {RUNS}; imports not counted"
-    sizes = sizes or {"12.3 GB": TransformerConfig(), "3.2 GB": TransformerConfig(n_layers=_FEW_LAYERS)}
+    sizes = sizes or {"12.3 GB": TransformerConfig(), "4.4 GB": TransformerConfig(n_layers=_FEW_LAYERS)}
     for name, config in sizes.items():
         is_full = name == next(iter(sizes)) and len(sizes) > 1
         for layout in ("official",) if is_full else ("official", "diffusers"):
@@ -98,8 +98,11 @@ def _tensors(model: ZImageTransformer, layout: str) -> dict[str, tuple[int, ...]
 
 
 def _open_ours(path: Path) -> Callable[[], Any]:
+    from models.z_image import transformer  # noqa: F401 - imported when first needed, and so are all formats
     from models.z_image.loader import load_transformer
+    from shared.quant.formats import formats
 
+    formats()
     return lambda: load_transformer(path, torch.bfloat16, keep_mapped=True)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from shared.bench import charts
+from shared.bench.card import label
+from shared.bench.cases import PEERS
 from shared.bench.goals import GOALS, Check, Goal
 from shared.bench.machine import Machine
 from shared.bench.page import PAGE, render
@@ -148,6 +150,56 @@ def test_plots_are_readable_and_name_everything_they_show() -> None:
     for text in drawn.values():
         words = [element.text for element in ET.fromstring(text).iter() if element.text]
         assert {"T & Co", "ours", "floor", "256x256"} <= set(words)
+
+
+def test_every_peers_name_has_room_beside_a_plot() -> None:
+    per_letter = 6.3  # of 12 pixel high letters, on average, in the fonts that system-ui stands for
+
+    text = charts.points("T", "x", "y", {label(peer): (10, 0.01) for peer in PEERS})
+
+    for word in ET.fromstring(text).iter("{http://www.w3.org/2000/svg}text"):
+        if word.text in {label(peer) for peer in PEERS}:
+            assert float(word.attrib["x"]) + per_letter * len(word.text) < 940
+
+
+def test_large_numbers_are_written_out() -> None:
+    text = charts.lines("T", "x", "y", {"ours": [(1.0, 9000.0), (2.0, 10000.0)]}, names={})
+
+    assert "10,000" in text and "e+" not in text
+
+
+def plotted(machine: Machine, *records: Record) -> dict[str, str]:
+    return render([Results(machine, {record.case: record for record in records})], [])
+
+
+def test_time_is_drawn_over_resolution_and_nothing_in_bf16_below_its_floor(machine: Machine, record: Record) -> None:
+    grown = tuple(
+        Row(f"growth, {side}x{side}", who, {"ms": ms * share, "tokens": tokens, "gflop": tokens / 2})
+        for side, tokens, ms in ((512, 1152, 1000), (1024, 4224, 4000))
+        for who, share in (("ours", 1), ("P1", 2))
+    )
+    busy = replace(record, case="C0", rows=(Row("512 x 512", "raw bf16", {"ms": 10.0, "gflop": 0.1}),))
+
+    text = plotted(machine, replace(record, case="C3", rows=grown), busy)["docs/images/bench_time.svg"]
+
+    svg = "{http://www.w3.org/2000/svg}"
+    lines = {
+        line.get("stroke-dasharray", line.attrib["stroke"]): line for line in ET.fromstring(text).iter(f"{svg}polyline")
+    }
+    floor, ours, *_ = [  # from the top of the picture
+        [float(point.split(",")[1]) for point in line.attrib["points"].split()]
+        for line in sorted(lines.values(), key=lambda line: not line.get("stroke-dasharray"))
+    ]
+    assert {"512x512", "1024x1024", "floor in bf16", "diffusers, eager"} <= set(ET.fromstring(text).itertext())
+    assert all(low >= high - 0.1 for low, high in zip(floor, ours, strict=True)), "lower is further from the top"
+
+
+def test_memory_of_the_whole_program_is_drawn_with_its_own_share(machine: Machine, record: Record) -> None:
+    rows = (Row("z_image_int8, 256x256, 2 forwards", "ours", {"peak_rss_mb": 7859.0, "peak_own_mb": 4455.0}),)
+
+    text = plotted(machine, replace(record, case="C4", rows=rows))["docs/images/bench_ram.svg"]
+
+    assert {"z_image_int8", "8.24 GB", "z_image_int8, own", "4.67 GB"} <= set(ET.fromstring(text).itertext())
 
 
 def test_the_floor_is_dashed() -> None:

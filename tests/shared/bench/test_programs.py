@@ -78,10 +78,20 @@ def test_the_program_is_given_the_folders_of_models(stand: Stand, root: Path) ->
 
 
 def test_a_cap_that_is_too_small_is_a_note_and_the_others_go_on(stand: Stand, root: Path) -> None:
+    stand.peers = frozenset({"P6"})
+
     program_cases(root, ["some"])["B5"](stand)
 
-    assert [row.row for row in stand.rows][:2] == ["some, no cap", "some, 24 GB"]
-    assert stand.notes == ["some, 2 GB: not drawn (Does not fit into 2 GB.)."]
+    first = [(row.row, row.who) for row in stand.rows][:4]
+    assert first == [("some, no cap", "ours"), *(("some, 24 GB", who) for who in ("ours", "ours streamed", "P6"))]
+    whose = ("", ", ours streamed", ", P6")
+    assert stand.notes == [f"some, 2 GB{who}: not drawn (Does not fit into 2 GB.)." for who in whose]
+
+
+def test_mmgp_is_left_out_where_no_peer_is_asked_for(stand: Stand, root: Path) -> None:
+    program_cases(root, ["some"])["B5"](stand)
+
+    assert {row.who for row in stand.rows} == {"ours", "ours streamed"}
 
 
 def test_a_preset_without_weights_does_not_stop_the_next(stand: Stand, root: Path) -> None:
