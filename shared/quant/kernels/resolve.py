@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared.quant.errors import UserError
-from shared.quant.kernels import REFERENCE, Refusal, Selection, Trial, select
+from shared.quant.kernels import REFERENCE, Refusal, Selection, Trial, available, select
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ def resolve(
         groups[group] = groups.get(group, 0) + 1
     result = _grouped(groups)
     if result and compute not in ("auto", REFERENCE) and all(r.compute != compute for r in result):
-        reasons = dict.fromkeys(f"{r.packing}: {_refusals(r)}" for r in result)
+        reasons = dict.fromkeys(f"{r.packing}: {_refusals(r, compute)}" for r in result)
         raise UserError(
             f"Nothing computes this model's packed weights in {compute} on {device.type}: {'; '.join(reasons)}.",
             "Use --compute auto.",
@@ -89,6 +89,8 @@ def _grouped(groups: dict[tuple[str, Selection], int]) -> tuple[Resolved, ...]:
     return tuple(result.values())
 
 
-def _refusals(resolved: Resolved) -> str:
-    words = (f"{r.kernel} {r.reason}" for r in resolved.refusals if "was asked for" not in r.reason)
+def _refusals(resolved: Resolved, compute: str) -> str:
+    """What the kernels of the kind that was asked for said; those of other kinds could not have helped."""
+    of_the_kind = {kernel.name for kernel in available(resolved.packing) if kernel.compute == compute}
+    words = (f"{r.kernel} {r.reason}" for r in resolved.refusals if r.kernel in of_the_kind)
     return ", ".join(words) or "no such kernel exists"
