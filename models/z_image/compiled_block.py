@@ -38,6 +38,7 @@ def serves(block: Block, x_BSD: Tensor, rope: Tensor, f: Factors) -> bool:
         and x_BSD.is_contiguous()
         and rope.is_complex()
         and rope.is_contiguous()
+        and rope.shape[1] == x_BSD.shape[1]  # loops would read past its end
         and _is_plain(attention["qkv"])
         and _is_plain(attention["out"])
         and _is_plain(feed_forward["w13"])

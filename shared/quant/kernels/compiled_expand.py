@@ -26,6 +26,7 @@ from shared.quant.gguf_file import BLOCKS
 from shared.quant.kernels import Kernel, register, torch_int8
 from shared.quant.packings.fp8 import Float8
 from shared.quant.packings.gguf import GgufBlocks
+from shared.quant.packings.mxfp8 import BLOCK as MXFP8_BLOCK
 from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import BLOCK as NVFP4_BLOCK
 from shared.quant.packings.nvfp4 import Nvfp4
@@ -51,6 +52,14 @@ class _Rows(NamedTuple):
 _LARGE = ("codes", "block_scales", "scales", "exponents", "blocks")
 
 
+# Loops trust what they are told, so it is checked: a tensor of another size would be read past its end.
+_ODD = "its tensors are not of the sizes that its packing says"
+
+
+def _is(tensor: Tensor, itemsize: int, *shape: int) -> bool:
+    return tuple(tensor.shape) == shape and tensor.element_size() == itemsize
+
+
 def _nvfp4(packed: Packed) -> _Rows | str:
     assert isinstance(packed.packing, Nvfp4)
     if packed.packing.swizzled or packed.packing.columns is not None:
@@ -58,7 +67,10 @@ def _nvfp4(packed: Packed) -> _Rows | str:
     from shared.quant.kernels import compiled_rows as rows
 
     codes, blocks, row = (packed.tensors[name] for name in ("codes", "block_scales", "tensor_scale"))
-    row = row.expand(packed.shape[0], 1).contiguous()
+    n, k = packed.shape
+    if not (_is(codes, 1, n, k // 2) and _is(blocks, 1, n, k // NVFP4_BLOCK) and row.dtype == torch.float32):
+        return _ODD
+    row = row.expand(n, 1).contiguous()
     arguments = (codes.data_ptr(), -1, True, blocks.data_ptr(), rows.E4M3, NVFP4_BLOCK, row.data_ptr())
     return _Rows("nibbles", arguments, (codes, blocks, row))
 
@@ -74,7 +86,12 @@ def _svdq(packed: Packed) -> _Rows | str:
     kinds = {torch.float8_e4m3fn: rows.E4M3, torch.float16: rows.HALF, torch.bfloat16: rows.BRAIN}
     if scales.dtype not in kinds:
         return f"its scales are {scales.dtype}"
-    group = packed.shape[1] // scales.shape[1]
+    n, k = packed.shape
+    groups = scales.shape[1]
+    of_rows = row.dtype == torch.float32 and _is(row, 4, n, 1)
+    if k % groups or not (of_rows and _is(codes, 1, n, k // 2) and len(scales) == n):
+        return _ODD
+    group = k // groups
     kind = rows.INT4 if packing.kind == "int4" else -1
     arguments = (codes.data_ptr(), kind, False, scales.data_ptr(), kinds[scales.dtype], group, row.data_ptr())
     return _Rows("nibbles", arguments, (codes, scales, row))
@@ -86,9 +103,14 @@ def _fp8(packed: Packed) -> _Rows | str:
     assert isinstance(packed.packing, Float8)
     codes, scale = packed.tensors["codes"], packed.tensors.get("scale")
     kind = rows.E4M3 if packed.packing.kind == "e4m3fn" else rows.E5M2
+    n, k = packed.shape
+    if not _is(codes, 1, n, k):
+        return _ODD
     if scale is None:
         return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, False, 0), (codes,))
     scale = scale.contiguous()
+    if scale.dtype != torch.float32 or k % scale.shape[1] or len(scale) not in (1, n):
+        return _ODD
     arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], len(scale) > 1, 0)
     return _Rows("floats8", arguments, (codes, scale))
 
@@ -100,15 +122,22 @@ def _mxfp8(packed: Packed) -> _Rows | str:
     from shared.quant.kernels import compiled_rows as rows
 
     codes, exponents = packed.tensors["codes"], packed.tensors["exponents"]
+    n, k = packed.shape
+    if not (_is(codes, 1, n, k) and _is(exponents, 1, n, k // MXFP8_BLOCK)):
+        return _ODD
     arguments = (codes.data_ptr(), rows.E4M3, 0, exponents.shape[1], False, exponents.data_ptr())
     return _Rows("floats8", arguments, (codes, exponents))
 
 
 def _gguf(packed: Packed, loop: str, *more: Any) -> _Rows | str:
     assert isinstance(packed.packing, GgufBlocks)
-    if packed.shape[1] % BLOCKS[packed.packing.type][0]:
+    numbers, size = BLOCKS[packed.packing.type]
+    n, k = packed.shape
+    if k % numbers:
         return "its blocks run on from row to row"
     blocks = packed.tensors["blocks"]
+    if blocks.element_size() != 1 or blocks.numel() != n * k // numbers * size:
+        return _ODD
     return _Rows(loop, (blocks.data_ptr(), *more), (blocks,))
 
 

@@ -190,6 +190,18 @@ def test_what_is_not_unpacked_says_why() -> None:
     assert refusals["compiled-bf16"] == "for activations in bfloat16 or float32"
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_tensors_that_are_too_small_are_not_read(name: str) -> None:
+    packed = PACKED[name]()
+    shared = ("smooth", "down", "up")
+    cut = [key for key, tensor in packed.tensors.items() if key not in shared and len(tensor) > 1]
+    for key in cut:
+        tensors = {**packed.tensors, key: packed.tensors[key][:-1]}
+        with pytest.raises((ValueError, RuntimeError)):
+            expand(Packed(packed.packing, packed.shape, tensors), torch.empty(ROWS, COLUMNS))
+    assert cut
+
+
 def test_unpacked_weights_share_one_piece_of_memory() -> None:
     first, second = (PackedLinear(nvfp4(), None, torch.bfloat16, compute="int8") for _ in range(2))
     second.scratch = first.scratch
