@@ -98,7 +98,7 @@ def _tensors(model: ZImageTransformer, layout: str) -> dict[str, tuple[int, ...]
 
 
 def _open_ours(path: Path) -> Callable[[], Any]:
-    from models.z_image import transformer  # noqa: F401 - imported when first needed, and so are all formats
+    from models.z_image import omni, transformer  # noqa: F401 - imported when first needed, and so are all formats
     from models.z_image.loader import load_transformer
     from shared.quant.formats import formats
 
