@@ -13,12 +13,13 @@ from shared.quant.kernels.scratch import Scratch
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
 from tests.shared.quant.kernels.conftest import COLUMNS, ROWS, MakeLayer, pack_fp8, pack_int8, pack_nvfp4, pack_svdq
-from tests.support.triton_process import needs_triton, run_interpreted
+from tests.support.triton_process import needs_loops, needs_triton, run_interpreted
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @needs_triton
+@needs_loops
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_products_agree_with_float64_on_the_interpreter() -> None:
