@@ -18,8 +18,8 @@ pytestmark = [
 
 Figures = dict[str, tuple[float, float]]  # (predicted, measured) MiB
 
-# A process of their own: memory that other tests have taken says nothing about them. One for all, which imports once:
-# its peak only grows, so the drawings come in the order of theirs, each after what the one before it held is given back.
+# A process of their own: memory that other tests have taken says nothing about them. One for all, which imports once;
+# its peak only grows, so they come in the order of theirs, each when what the one before it held has been given back.
 DRAW = """
 import argparse, ctypes, gc, json, sys
 from pathlib import Path
@@ -61,7 +61,6 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Figures:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    print(told)
     return {name: (predicted, measured) for name, predicted, measured in told}
 
 
