@@ -48,9 +48,7 @@ def serves(block: Block, x_BSD: Tensor, rope: Tensor, f: Factors) -> bool:
 
 def forward(block: Block, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews | None, f: Factors) -> Tensor:
     """What straight.forward(block, ...) gives, to the bit."""
-    from shared.ops import compiled_kernels as kernels
-    from shared.ops.compiled import kind_of, over_rows
-
+    kernels, over_rows, kind_of = _compiled()
     parts: dict[str, Any] = block._modules
     attention, feed_forward = parts["attention"]._modules, parts["feed_forward"]._modules
     heads, backend, eps = parts["attention"].n_heads, parts["attention"].backend, block.eps
@@ -108,6 +106,14 @@ def _rows_at_once(rows: int) -> int:
 def _product(linear: nn.Module, x: Tensor) -> Tensor:
     weight: Any = linear._parameters["weight"]
     return F.linear(x, weight)
+
+
+@cache
+def _compiled() -> tuple[Any, Any, Any]:
+    """What needs numba, imported once: asking for a module takes microseconds, too."""
+    from shared.ops import compiled, compiled_kernels
+
+    return compiled_kernels, compiled.over_rows, compiled.kind_of
 
 
 @cache

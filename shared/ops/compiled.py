@@ -105,7 +105,8 @@ def qk_norm_rope(
         return eager.qk_norm_rope(_numbers(qkv), qk_weight, rope, n_heads, eps, exact=exact)
     batch, tokens, _ = qkv.shape
     width = qk_weight.shape[1]
-    assert rope.shape[1] == tokens and len(rope) in (1, batch)  # loops would read past its end
+    assert rope.shape[1] == tokens  # loops would read past its end
+    assert len(rope) in (1, batch)
     dtype = torch.float32 if tokens < eager.SHORT else qkv.dtype
     out = torch.empty(3, batch, n_heads, tokens, width, dtype=dtype)
     over_rows(
