@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.z_image.attention import TwoViews, attend
 from models.z_image.modulation import Factors
 from models.z_image.token_rows import CPU_TOKENS
-from shared.ops import compiled_ready
+from shared import ops
 from shared.ops.eager import SHORT
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _KINDS = (torch.float32, torch.bfloat16)
 
 def serves(block: Block, x_BSD: Tensor, rope: Tensor, f: Factors) -> bool:
     """Whether forward() below stands for straight.py's, which has made sure of what it needs itself."""
-    if f.attention_scale is not None or f.attention_norm1.dtype != torch.float32 or not _is_compiled():
+    if f.attention_scale is not None or f.attention_norm1.dtype != torch.float32 or not ops.reads_sums(x_BSD):
         return False
     parts: dict[str, Any] = block._modules
     attention, feed_forward = parts["attention"]._modules, parts["feed_forward"]._modules
@@ -114,11 +114,6 @@ def _compiled() -> tuple[Any, Any, Any]:
     from shared.ops import compiled, compiled_kernels
 
     return compiled_kernels, compiled.over_rows, compiled.kind_of
-
-
-@cache
-def _is_compiled() -> bool:
-    return compiled_ready.why_not() is None
 
 
 def _is_plain(linear: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from models.z_image.pipeline import ZImagePipeline
 from models.z_image.request import GenerateRequest
 from models.z_image.transformer import ZImageTransformer
 from shared import ops
+from shared.ops import eager
 from shared.ops.attention import Backend
 
 _SIDE, _CAPTION = 1024, 100
@@ -74,6 +75,13 @@ def fake_forward(dtype: torch.dtype, config: TransformerConfig | None = None) ->
         given = twins.scene(model.config, width=_SIDE, height=_SIDE, caption=_CAPTION, device=device)
         forward = twins.our_forward(model, given)
         forward()
+
+    # torch's operations keep a constant for each width, which no fake tensor can be: made here, it never counts.
+    with torch.no_grad():
+        for width in (model.config.dim, model.config.head_dim):
+            ones = torch.ones(1, 1, width)
+            eager.gate_residual(eager.rms_norm_modulate(ones, ones[0, 0], None, model.config.norm_eps), ones, None,
+                                ones[0, 0], model.config.norm_eps)  # fmt: skip
 
     def work() -> Any:
         with mode, torch.no_grad():

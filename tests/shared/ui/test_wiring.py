@@ -112,6 +112,7 @@ def test_picking_a_preset_that_was_taken_away_is_a_message(page: Page) -> None:
 
 def test_a_preset_whose_files_are_missing_says_so_before_the_wait(page: Page, context) -> None:
     context.files.locate = lambda url, **_: Located(None)
+    context.files.received = lambda url, **_: 0
 
     assert "download of 1 file" in page.preset_picked("z_image_demo")[page.compose.preset_note]
 
@@ -124,6 +125,7 @@ def test_what_a_picture_takes_stands_under_the_model(page: Page) -> None:
 
 def test_a_download_is_told_with_its_size_beside_what_a_picture_takes(page: Page, context) -> None:
     context.files.locate = lambda url, **_: Located(None)
+    context.files.received = lambda url, **_: 0
     context.session.download = SimpleNamespace(words="20.5 GB in 3 files")
 
     note = page.preset_picked("z_image_demo")[page.compose.preset_note]
