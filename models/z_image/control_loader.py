@@ -118,7 +118,7 @@ def load_control(
     logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
     with torch.device("meta"):
         branch = ControlBranch(trunk, config)
-    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute, join=join)
+    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute, join=join, widen=not join)
     return branch.eval().requires_grad_(False)
 
 

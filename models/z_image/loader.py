@@ -11,7 +11,7 @@ from models.z_image.config import TransformerConfig, config_from_shapes
 from models.z_image.control_loader import CONTROL_PREFIX, load_control
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
-from shared.quant.assemble import Part, Plan, check, fill, shapes
+from shared.quant.assemble import MAPPED_FROM, Part, Plan, check, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.z_image.transformer import ZImageTransformer
-
-# Bytes of a file. The fused linears of a smaller one are better copied: then each is one product, not two or three.
-MAPPED_FROM = 2**30
 
 
 def plan_layers(checkpoint: Checkpoint) -> Plan:
@@ -70,7 +67,8 @@ def load_transformer(
     paths: one file, index or folder; of a list the first is the transformer, the second a ControlNet. A ControlNet in
     the transformer's own file is loaded too, unless a second file replaces it.
     compute: how packed layers are multiplied, see shared/quant/kernels.
-    keep_mapped: for a model that stays on the CPU: of a large file no plain weight is copied, see fill(join=False).
+    keep_mapped: for a model that stays on the CPU: of a large file no weight is copied that can be read as it lies, see
+    fill(join=False, widen=True).
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
     is not known.
     """
@@ -94,6 +92,7 @@ def load_transformer(
         hint=_hint_for(config),
         compute=compute,
         join=not keep_mapped or checkpoint.nbytes < MAPPED_FROM,
+        widen=keep_mapped and checkpoint.nbytes >= MAPPED_FROM,
     )
     if len(files) > 1 or len(plan) < len(whole):
         branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint

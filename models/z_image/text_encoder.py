@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
 from models.z_image.gguf_names import with_hugging_face_names
-from shared.quant.assemble import Part, Plan, fill, shapes
+from shared.quant.assemble import MAPPED_FROM, Part, Plan, fill, shapes
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UserError
 from shared.quant.formats import layers_of
@@ -148,12 +148,15 @@ class TextEncoder:
         return features
 
 
-def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "auto") -> nn.Module:
+def load_text_encoder(
+    path: str | Path, dtype: torch.dtype, *, compute: str = "auto", keep_mapped: bool = False
+) -> nn.Module:
     """Build Qwen3 without its last layer and final norm from a checkpoint's own sizes, in `dtype` on the CPU.
 
     Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`) and llama.cpp's in
     GGUF files. Its output's last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are
-    multiplied. Raises LayerMismatchError or UnknownFormatError.
+    multiplied. keep_mapped: for a model that stays on the CPU, see fill(widen=True). Raises LayerMismatchError or
+    UnknownFormatError.
     """
     from accelerate import init_empty_weights
     from transformers import Qwen3Config, Qwen3Model
@@ -173,7 +176,8 @@ def load_text_encoder(path: str | Path, dtype: torch.dtype, *, compute: str = "a
         model = Qwen3Model(config)
     model.norm = nn.Identity()
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
-    fill(model, used, dtype, source=str(checkpoint.path), compute=compute)
+    widen = keep_mapped and checkpoint.nbytes >= MAPPED_FROM
+    fill(model, used, dtype, source=str(checkpoint.path), compute=compute, widen=widen)
     return model.eval()
 
 

@@ -90,7 +90,7 @@ class model_factory:
             if "tokenizer" in parts
             else load_tokenizer(_tokenizer_folder(tokenizer_folder, self.model_def, encoder_path))
         )
-        load_encoder = partial(_load_text_encoder, encoder_path, dtype, place_text_encoder)
+        load_encoder = partial(_load_text_encoder, encoder_path, dtype, place_text_encoder, keep_mapped)
         given_encoder = parts.get("text_encoder")
         if given_encoder is None and place_text_encoder is None:
             given_encoder = load_encoder()
@@ -247,8 +247,10 @@ def _pipeline_for(path: Path, transformer: ZImageTransformer, *rest: Any) -> ZIm
     return ZImagePipeline(transformer, *rest)
 
 
-def _load_text_encoder(path: Path, dtype: torch.dtype, place: Callable[[nn.Module], None] | None) -> nn.Module:
-    module = load_text_encoder(path, dtype)
+def _load_text_encoder(
+    path: Path, dtype: torch.dtype, place: Callable[[nn.Module], None] | None, keep_mapped: bool
+) -> nn.Module:
+    module = load_text_encoder(path, dtype, keep_mapped=keep_mapped)
     if place is not None:
         place(module)
     return module

@@ -2,9 +2,11 @@
 
 All figures are in MiB (2**20 bytes). The estimate reads file headers only and needs no torch:
 
-    weights  = sum over the files of tensor bytes; 16 and 32 bit numbers count at the size of the compute type
+    weights  = sum over the files of tensor bytes; 16 and 32 bit numbers count at the size of the compute type, but
+               those of blocks in a large file at 16 bits on a CPU that computes in float32: they stay mapped
     LoRAs    = the same over their files
-    scratch  = the largest packed matrix unpacked: one at a time is, for kernels that multiply unpacked numbers
+    scratch  = the largest packed (or mapped 16-bit) matrix unpacked: one at a time is, for kernels that multiply
+               unpacked numbers
     text     = prompt tokens x per token of the text encoder's block
                per token = (3 x width + 4 x hidden) x compute bytes: the stream, its normalised copy and a result
                beside the feed-forward's gate, value, activation and product
@@ -37,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.app.stream_schedule import ALIGNMENT
+from shared.quant.assemble import MAPPED_FROM
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.formats import Layer, format_of, layers_of
 
@@ -74,6 +77,7 @@ _PLAIN_DTYPES = {
 # Bytes for each number, from which on a file is plain, and from which on its packed numbers have 8 bits.
 _PACKED_BELOW, _PACKED_IN_BYTES = 1.9, 0.98
 FROM_HEADERS, FROM_PUBLISHED = "file headers", "published sizes"
+_HALF, _FLOAT32 = 2, 4  # bytes of a number
 _BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
 
 
@@ -141,11 +145,16 @@ class PublishedModule:
     packs_table: bool = False
     is_joined: bool = True
 
-    def sizes(self, compute_bytes: int) -> ModuleSizes:
-        """Its sizes as it is loaded to compute in numbers of so many bytes."""
+    def sizes(self, compute_bytes: int, *, on_cpu: bool = False) -> ModuleSizes:
+        """Its sizes as it is loaded to compute in numbers of so many bytes. on_cpu: as in _module()."""
         shapes = self.shapes
         stored = self.nbytes / shapes.numbers
-        if stored > _PACKED_BELOW:
+        widens = on_cpu and compute_bytes == _FLOAT32 and self.nbytes >= MAPPED_FROM and shapes.blocks > 0
+        if widens and round(stored) == _HALF:
+            outside, scratch = shapes.outside * compute_bytes, shapes.largest * compute_bytes
+            mapped = (shapes.numbers - shapes.outside) * _HALF
+            total = mapped + outside
+        elif stored > _PACKED_BELOW:
             total = shapes.numbers * compute_bytes
             mapped = total if round(stored) == compute_bytes else 0
             outside, scratch = shapes.outside * compute_bytes, 0
@@ -153,8 +162,11 @@ class PublishedModule:
             kept = 0 if self.packs_table else shapes.unpacked
             if stored > _PACKED_IN_BYTES:  # what is more than a byte for each number is the second byte of plain ones
                 kept = min(kept, max(0, self.nbytes - shapes.numbers))
-            total = self.nbytes + kept * (compute_bytes - 2)
-            mapped = (kept * 2 if compute_bytes == 2 else 0) + (0 if self.is_joined else self.nbytes - kept * 2)
+            widened = min(kept, shapes.outside) if widens else kept
+            total = self.nbytes + widened * (compute_bytes - 2)
+            mapped = (kept * 2 if compute_bytes == 2 else (kept - widened) * 2) + (
+                0 if self.is_joined else self.nbytes - kept * 2
+            )
             outside = round(shapes.outside * stored) if self.packs_table else min(shapes.outside, kept) * compute_bytes
             scratch = max(shapes.largest, shapes.outside if self.packs_table else 0) * compute_bytes
         blocks = ((total - outside) // shapes.blocks,) * shapes.blocks if shapes.blocks else ()
@@ -246,12 +258,19 @@ def estimate_memory(
     Raises CheckpointError when a header cannot be read.
     """
     absent = published or {}
-    sizes = {name: module.sizes(vae_bytes if name == "vae" else compute_bytes) for name, module in absent.items()}
+    sizes = {
+        name: module.sizes(vae_bytes) if name == "vae" else module.sizes(compute_bytes, on_cpu=on_cpu)
+        for name, module in absent.items()
+    }
     channels = absent["vae"].shapes.channels if "vae" in absent else _UNKNOWN_CHANNELS
     if "transformer" not in sizes:
-        sizes["transformer"] = _module([_open_part(path, "transformer") for path in transformer], compute_bytes)
+        sizes["transformer"] = _module(
+            [_open_part(path, "transformer") for path in transformer], compute_bytes, on_cpu=on_cpu
+        )
     if "text_encoder" not in sizes and text_encoder is not None:
-        sizes["text_encoder"] = _module([_open_part(text_encoder, "text_encoder")], compute_bytes, is_joined=False)
+        sizes["text_encoder"] = _module(
+            [_open_part(text_encoder, "text_encoder")], compute_bytes, is_joined=False, on_cpu=on_cpu
+        )
     if "vae" not in sizes and vae is not None:
         vae_file = _open_part(vae, "vae")
         channels = _last_stage_channels(vae_file)
@@ -380,20 +399,28 @@ def _open_part(path: Path, role: str) -> Checkpoint:
     return replace(checkpoint, tensors=own)
 
 
-def _module(files: Sequence[Checkpoint], compute_bytes: int, *, is_joined: bool = True) -> ModuleSizes:
+def _module(
+    files: Sequence[Checkpoint], compute_bytes: int, *, is_joined: bool = True, on_cpu: bool = False
+) -> ModuleSizes:
     """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count.
 
-    is_joined: whether rows of packed matrices may be copied, so that one product makes several (q, k and v) of them.
+    on_cpu: matrices of a large 16-bit file's blocks stay mapped where float32 is computed in. is_joined: whether rows
+    of packed matrices may be copied, so that one product makes several (q, k and v) of them.
     """
     blocks: dict[str, int] = {}
     counts: dict[str, int] = {}
     matrices: list[tuple[str, tuple[int, ...]]] = []
     total = mapped = scratch = 0
     for number, file in enumerate(files):
+        widens = on_cpu and compute_bytes == _FLOAT32 and file.nbytes >= MAPPED_FROM
         for info in file.tensors.values():
-            size = _loaded_bytes(info, compute_bytes)
-            total += size
             stored = _PLAIN_DTYPES.get(info.dtype)
+            if widens and stored == _HALF and len(info.shape) == 2 and _BLOCK_NAME.match(info.name):
+                size, stored = info.nbytes, compute_bytes
+                scratch = max(scratch, info.nbytes * _FLOAT32 // _HALF)
+            else:
+                size = _loaded_bytes(info, compute_bytes)
+            total += size
             mapped += size if stored == compute_bytes or (stored is None and not is_joined) else 0
             if found := _BLOCK_NAME.match(info.name):
                 name = f"{number} {found[0]}"

@@ -36,6 +36,9 @@ class Part:
         return list(self.blocks) == sorted(self.blocks)
 
 
+# Bytes of a file. The linears of a smaller one are better copied: each is one product then, of its own numbers.
+MAPPED_FROM = 2**30
+
 # Packings whose numbers are multiplied from where they lie in the file, by the beginnings of their names.
 _READ_AS_THEY_LIE = ("int8", "fp8", "gguf")
 
@@ -69,6 +72,7 @@ def fill(
     hint: Callable[[Sequence[str]], str] | None = None,
     compute: str = "auto",
     join: bool = True,
+    widen: bool = False,
 ) -> None:
     """Put every layer of `plan` into `model` (built on the meta device), plain numbers in `dtype`, on the CPU.
 
@@ -77,6 +81,8 @@ def fill(
     has to be copied is, layer by layer, without its source staying in memory.
     join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
     each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
+    widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
+    each product.
     Raises LayerMismatchError listing the first five missing, doubled, unexpected and misshapen tensors each;
     UnknownFormatError and CheckpointError as the formats do.
     """
@@ -92,6 +98,8 @@ def fill(
                 _replace(model, module, filled)
             else:  # an embedding table, say: nothing multiplies it, so it is unpacked once
                 _set_parameter(model, f"{module}.weight", filled.dequantize())
+        elif is_linear and widen and (halves := _halves(parts, "bias" in parameters, dtype, compute)):
+            _replace(model, module, halves)
         elif is_linear and not join and (apart := _apart(parts, "bias" in parameters, dtype)):
             _replace(model, module, apart)
         else:
@@ -210,6 +218,30 @@ def _apart(parts: Sequence[Part], has_bias: bool, dtype: torch.dtype) -> JoinedL
     blocks = _in_order(parts, loaded)
     biases = _plain(parts, "bias", dtype).chunk(len(blocks)) if has_bias else [None] * len(blocks)
     return JoinedLinear([_plain_linear(rows, bias) for rows, bias in zip(blocks, biases, strict=True)])
+
+
+def _halves(
+    parts: Sequence[Part], has_bias: bool, dtype: torch.dtype, compute: str
+) -> PackedLinear | JoinedLinear | None:
+    """A linear that keeps 16-bit numbers where they lie; None where there are none, or they are wanted as they are."""
+    import torch
+
+    from shared.quant.linear import JoinedLinear, PackedLinear
+    from shared.quant.packing import Packed
+    from shared.quant.packings.half import Half
+
+    loaded = [part.layer.load("weight")[0] for part in parts]
+    if dtype != torch.float32 or any(weight.dtype not in (torch.bfloat16, torch.float16) for weight in loaded):
+        return None
+    blocks = _in_order(parts, loaded)
+    if len(parts) == 1 and parts[0].in_order:
+        blocks = loaded
+    biases = list(_plain(parts, "bias", dtype).chunk(len(blocks))) if has_bias else [None] * len(blocks)
+    linears = [
+        PackedLinear(Packed(Half(), (rows.shape[0], rows.shape[1]), {"numbers": rows}), bias, dtype, compute=compute)
+        for rows, bias in zip(blocks, biases, strict=True)
+    ]
+    return linears[0] if len(linears) == 1 else JoinedLinear(linears)
 
 
 def _packed_linear(

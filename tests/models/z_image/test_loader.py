@@ -16,7 +16,8 @@ from models.z_image import loader
 from models.z_image.loader import load_transformer, to_diffusers
 from shared.quant import mapping
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
-from shared.quant.linear import JoinedLinear
+from shared.quant.kernels.resolve import resolve
+from shared.quant.linear import JoinedLinear, PackedLinear
 from tests.support.tiny_model import TINY
 
 State = dict[str, torch.Tensor]
@@ -135,6 +136,30 @@ def test_a_large_file_for_the_cpu_is_not_copied_at_all_and_draws_the_same(
     assert all(mapping.is_mapped(p) for p in apart.parameters())
     with torch.no_grad():
         drawn = [m(latents, torch.tensor([0.3]), captions) for m in (joined, apart)]
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dialect", ["diffusers", "official", "nunchaku's plain layers"])
+def test_a_large_16_bit_file_stays_as_it_is_where_float32_is_computed_in(
+    tmp_path: Path, state: State, dialect: str, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves = {name: tensor.to(stored) for name, tensor in DIALECTS[dialect](state).items()}
+    save_file(halves, tmp_path / "m.safetensors")
+    latents, captions = torch.randn(1, 16, 8, 8), [torch.randn(5, TINY.cap_feat_dim)]
+    copied = load_transformer(tmp_path / "m.safetensors", torch.float32, keep_mapped=True)
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+
+    kept = load_transformer(tmp_path / "m.safetensors", torch.float32, keep_mapped=True)
+
+    resolved = resolve([kept], torch.device("cpu"))
+    linears = [m for m in kept.modules() if isinstance(m, PackedLinear)]
+    assert [(r.packing, r.kernel, r.compute) for r in resolved] == [("16-bit", "widened", "bf16")]
+    assert all(mapping.is_mapped(m.packed.tensors["numbers"]) for m in linears)
+    assert all(m.packed.tensors["numbers"].dtype == stored for m in linears)
+    assert not any(type(m) is torch.nn.Linear for m in kept.modules())
+    with torch.no_grad():
+        drawn = [m(latents, torch.tensor([0.3]), captions) for m in (copied, kept)]
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
 
 

@@ -97,13 +97,14 @@ def test_without_a_gpu_much_ram_allows_16_bits_and_warns_of_the_time(ctx: AppCon
     assert found.to_download == pytest.approx(20.5e9, rel=0.01)
 
 
-def test_a_cpu_that_computes_in_float32_needs_twice_the_ram_for_16_bit_weights(ctx: AppContext) -> None:
-    cpu = DeviceInfo("cpu", "CPU", None, 32 * GIB, "no GPU")
+def test_a_cpu_that_computes_in_float32_keeps_16_bit_weights_as_they_are(ctx: AppContext) -> None:
+    found = {
+        ram: given(ctx, DeviceInfo("cpu", "CPU", None, ram * GIB, "no GPU"), ram=ram * GIB, dtype="float32")
+        for ram in (24, 18)
+    }
 
-    found = given(ctx, cpu, ram=32 * GIB, dtype="float32")
-
-    assert found.preset == "int8"
-    assert "RAM" in {verdict.preset: verdict for verdict in found.others}["bf16"].refusal
+    assert (found[24].preset, found[18].preset) == ("bf16", "int8")
+    assert "RAM" in {verdict.preset: verdict for verdict in found[18].others}["bf16"].refusal
 
 
 def test_an_old_gpu_is_warned_of_float16(ctx: AppContext) -> None:
