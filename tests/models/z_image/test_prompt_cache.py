@@ -49,9 +49,9 @@ def encoder_loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     loads: list[Path] = []
     load = z_image_main.load_text_encoder
 
-    def counted(path: Path, dtype: torch.dtype) -> torch.nn.Module:
+    def counted(path: Path, dtype: torch.dtype, *, keep_mapped: bool) -> torch.nn.Module:
         loads.append(path)
-        return load(path, dtype)
+        return load(path, dtype, keep_mapped=keep_mapped)
 
     monkeypatch.setattr(z_image_main, "load_text_encoder", counted)
     return loads
