@@ -1,7 +1,7 @@
 """Which preset to use on a machine, and why: rules as data over the presets that exist and the sizes of their files.
 
 A preset is judged by the format of its weights (from the file's name), by how its weights fit the memory (the same
-decisions as before a generation), and by how many passes a picture takes. Sizes are those of a plan (plan.py): of the
+decisions as before a generation), and by how many passes a picture takes. Sizes are those of a plan (plan/): of the
 files that are here, else as presets state them.
 
 The presets whose weights come with the program draw everywhere; they are the answer where nothing else fits.
