@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from shared.app.device import BF16_CAPABILITY, GIB, DeviceInfo
-from shared.app.memory import MIB, MemoryEstimate
+from shared.app.memory import MIB, MemoryEstimate, Workload
 from shared.app.memory_plan import plan_memory
 from shared.app.offload import WORKING_MIB, automatic_profile
 from shared.app.plan import (
@@ -191,11 +191,17 @@ def _weigh(
     ctx: AppContext, preset: Preset, files: list[PlannedFile], device: DeviceInfo, dtype: str
 ) -> MemoryEstimate | None:
     """Of one picture by this preset; None where the size of a file is not known."""
-    return weigh_files(
-        ctx, preset, files, width=_SIDE, height=_SIDE, tile_cells=None, compute_bytes=DTYPE_BYTES[dtype],
-        vae_bytes=DTYPE_BYTES[VAE_DTYPE], guided=float(preset.settings.get("guidance_scale") or 0) > 0,
-        on_cpu=device.kind == "cpu", decode_bytes=quick_decode_bytes(device, dtype),
-    )  # fmt: skip
+    work = Workload(
+        width=_SIDE,
+        height=_SIDE,
+        tile_cells=None,
+        compute_bytes=DTYPE_BYTES[dtype],
+        vae_bytes=DTYPE_BYTES[VAE_DTYPE],
+        decode_bytes=quick_decode_bytes(device, dtype),
+        guided=float(preset.settings.get("guidance_scale") or 0) > 0,
+        on_cpu=device.kind == "cpu",
+    )
+    return weigh_files(ctx, preset, files, work)
 
 
 def _total(estimate: MemoryEstimate) -> int:

@@ -10,14 +10,7 @@ generation.py (the plan).
 from shared.app.plan.download import Download
 from shared.app.plan.files import PlannedFile, beside_transformer, find_files, wanted_files
 from shared.app.plan.generation import GenerationPlan, make_plan
-from shared.app.plan.machine import (
-    DTYPE_BYTES,
-    VAE_DTYPE,
-    Machine,
-    find_machine,
-    find_machine_quickly,
-    safer_type,
-)
+from shared.app.plan.machine import DTYPE_BYTES, VAE_DTYPE, Machine, find_machine, find_machine_quickly, safer_type
 from shared.app.plan.requested import Choice, choose_compute, requested_device, requested_profile
 from shared.app.plan.weighing import published_shapes, quick_decode_bytes, weigh_files
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from shared.app.device import DeviceInfo, ram_bytes
 from shared.app.memory import (
@@ -12,6 +12,7 @@ from shared.app.memory import (
     MemoryEstimate,
     ModuleShapes,
     PublishedModule,
+    Workload,
     estimate_memory,
     free_ram_bytes,
     free_vram_bytes,
@@ -41,22 +42,18 @@ def weigh(
     offload, profile = requested_offload(ctx), requested_profile(ctx)
     cap = parse_size(getattr(ctx.args, "max_vram", None) or ctx.config.get("max_vram"))
     is_exact = settings.sampling.precision == "exact"
-    decode_bytes = None if is_exact else quick_decode_bytes(device, machine.dtype.value)
-    estimate = weigh_files(
-        ctx,
-        preset,
-        files,
+    work = Workload(
         width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
         height=round(settings.height * settings.edit.hires_scale),
         tile_cells=settings.VAE_tile_size,
         compute_bytes=DTYPE_BYTES[machine.dtype.value],
         vae_bytes=DTYPE_BYTES[VAE_DTYPE],
-        decode_bytes=decode_bytes,
+        decode_bytes=None if is_exact else quick_decode_bytes(device, machine.dtype.value),
         is_exact=is_exact,
         guided=settings.guidance_scale > 0,
-        loras=loras,
         on_cpu=device.kind == "cpu",
     )
+    estimate = weigh_files(ctx, preset, files, work, loras)
     if estimate is None:
         return Choice(*unknown_sizes(device, offload, profile)), None, None
     placement = plan_memory(
@@ -75,11 +72,12 @@ def weigh(
     return Choice(placement.name, reason), estimate, placement
 
 
-def weigh_files(ctx: AppContext, preset: Preset, files: Sequence[PlannedFile], **picture: Any) -> MemoryEstimate | None:
+def weigh_files(
+    ctx: AppContext, preset: Preset, files: Sequence[PlannedFile], work: Workload, loras: Sequence[Path] = ()
+) -> MemoryEstimate | None:
     """What weights and work take: by headers of the files that are here, else by published sizes and shapes.
 
-    picture: the keywords of estimate_memory() but for the files. None where a size is not known. Raises UserError for a
-    file that is here and broken.
+    None where a size is not known. Raises UserError for a file that is here and broken.
     """
     parts = {role: [f for f in files if f.role == role] for role in ("transformer", "module", "text_encoder", "vae")}
     published = _published(ctx, preset, parts) if parts["text_encoder"] and parts["vae"] else None
@@ -90,8 +88,9 @@ def weigh_files(ctx: AppContext, preset: Preset, files: Sequence[PlannedFile], *
         transformer=[*known["transformer"], *known["module"]],
         text_encoder=next(iter(known["text_encoder"]), None),
         vae=next(iter(known["vae"]), None),
+        work=work,
+        loras=loras,
         published=published,
-        **picture,
     )
 
 

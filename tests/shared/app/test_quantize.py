@@ -20,7 +20,7 @@ from models.z_image.text_encoder import load_text_encoder
 from models.z_image.transformer import ZImageTransformer
 from shared.app.context import AppContext, default_root
 from shared.app.families import load_families
-from shared.app.memory import MIB, estimate_memory
+from shared.app.memory import MIB, Workload, estimate_memory
 from shared.app.presets import choose_files
 from shared.cli.parser import build_parser, parse_arguments
 from shared.cli.quantize import quantize
@@ -134,10 +134,8 @@ def test_a_checkpoint_of_all_three_is_opened_as_each(ctx: AppContext) -> None:
 
 
 def weights_mb(transformer: Path, text_encoder: Path, vae: Path) -> dict[str, float]:
-    return estimate_memory(
-        transformer=[transformer], text_encoder=text_encoder, vae=vae, width=64, height=64, tile_cells=None,
-        compute_bytes=2, vae_bytes=4, guided=False,
-    ).weights_mb  # fmt: skip
+    work = Workload(width=64, height=64, tile_cells=None, compute_bytes=2, vae_bytes=4, guided=False)
+    return estimate_memory(transformer=[transformer], text_encoder=text_encoder, vae=vae, work=work).weights_mb
 
 
 def test_the_same_output_keeps_one_preset_and_another_gets_its_own(ctx: AppContext) -> None:
