@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from models.z_image.keys import Slot
 from models.z_image.lora_changes import ROWS_AT_ONCE, Change, LowRank
 from models.z_image.lora_file import Adapter, bias_of, change_of
+from shared.ops.upload import upload
 from shared.quant.errors import LayerMismatchError
 
 # One number for the whole run, or phases of it, each a list of numbers that is spread over the phase's steps.
@@ -86,7 +87,7 @@ class Strengths:
             return None
         key = values, like.dtype, like.device
         if key not in self._scales:
-            self._scales[key] = torch.tensor(values).to(like)
+            self._scales[key] = upload(torch.tensor(values, device="cpu").to(like.dtype), like.device)
         return self._scales[key]
 
 

@@ -21,6 +21,7 @@ from models.z_image.request import GenerateRequest
 from models.z_image.step_cache import StepCache
 from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import Captions, ZImageTransformer
+from shared.ops.upload import upload
 
 T = TypeVar("T")
 
@@ -185,7 +186,7 @@ class ZImagePipeline:
             source = NoiseSource(request.seeds, shape, request.variation)
             source.start()
             walk = samplers.get(request.sampler)
-            return walk.sample(ask, begun.latents, begun.sigmas, lambda: source.draw().to(self.device))
+            return walk.sample(ask, begun.latents, begun.sigmas, lambda: upload(source.draw(), self.device))
 
         def ask(*question: Any) -> Tensor:
             with self.safeguard.computing():

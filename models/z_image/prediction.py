@@ -15,6 +15,7 @@ from torch import Tensor
 from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
 from models.z_image.modulation import Moment, Timetable
 from models.z_image.transformer import Captions, Nag, ZImageTransformer
+from shared.ops.upload import upload
 from shared.quant.errors import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -168,11 +169,11 @@ class Predictor:
         return list(dict.fromkeys((a, target) for a, b in pairwise(levels) for target in (0.0, b, a)))
 
     def _timetable(self, asked: Sequence[tuple[float, float | None]], device: torch.device) -> Timetable:
-        times = torch.tensor([_time(sigma) for sigma, _ in asked], dtype=torch.float32, device=device)
+        times = upload(torch.tensor([_time(sigma) for sigma, _ in asked], dtype=torch.float32, device="cpu"), device)
         if asked[0][1] is None:
             return Timetable(times, exact=self._exact)
-        targets = [_time(target) for _, target in asked if target is not None]
-        return Timetable(times, torch.tensor(targets, dtype=torch.float32, device=device), exact=self._exact)
+        targets = torch.tensor([_time(to) for _, to in asked if to is not None], dtype=torch.float32, device="cpu")
+        return Timetable(times, upload(targets, device), exact=self._exact)
 
     def _progress(self, sigma: float) -> float:
         """The share of the steps that are done where the schedule stands at `sigma`."""

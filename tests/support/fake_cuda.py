@@ -4,10 +4,12 @@
         x = torch.ones(2, device="cuda")       # x.device is cuda:0, x.is_cuda
         x + torch.ones(2)                      # RuntimeError: two devices, as on a real machine
     gpu.peak, gpu.uploads                      # bytes of copied tensors alive at once; every copy's size
+    gpu.waits                                  # calls that a real GPU's queue would have to be waited for in
 
 It knows what a GPU program can get wrong on any machine: tensors of two devices in one operation, results that stay
-behind, a default device left changed, weights that never left RAM. It does not know timing: streams, asynchronous
-copies and kernels of a real GPU are not pretended. Use it in tests only, and keep it open while the code runs.
+behind, a default device left changed, weights that never left RAM, a host that waits in the middle of the work. It does
+not know timing: streams, asynchronous copies and kernels of a real GPU are not pretended. Use it in tests only, and
+keep it open while the code runs.
 
 How: a CPU tensor under the type GpuTensor counts as on the GPU. A torch function mode sees every torch call made from
 Python: it refuses mixed devices, runs the call on the CPU, and gives the results the type they would have.
@@ -30,6 +32,9 @@ from torch.utils._pytree import tree_iter, tree_map_only
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
+# What brings a number of a tensor to Python.
+_READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "equal", "allclose")
+
 
 class GpuTensor(torch.Tensor):
     """Marks a tensor as being on the pretended GPU; its data are in ordinary memory."""
@@ -46,6 +51,7 @@ class FakeCuda(TorchFunctionMode):
         self.capability = capability
         self.default_device: torch.device = CPU
         self.uploads: list[int] = []  # bytes of each tensor copied to the GPU
+        self.waits: list[str] = []  # names of torch's functions
         self.peak = 0
         self.pinned_bytes = 0
         self._alive: list[tuple[StorageWeakRef, int]] = []
@@ -78,11 +84,22 @@ class FakeCuda(TorchFunctionMode):
         if name == "_has_compatible_shallow_copy_type":
             return type(args[0]) is type(args[1]) or on_gpu(args[0]) == on_gpu(args[1])
         if name == "is_pinned":
-            return any(ref.cdata == args[0].untyped_storage()._cdata for ref in self._pinned)
+            return self._is_pinned(args[0])
         if name in ("numpy", "__array__") and on_gpu(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+        if self._has_to_wait(name, args, kwargs):
+            self.waits.append(name)
         target = self._device_of_result(name, args, kwargs)
         return marked(func(*args, **kwargs), target, keep=args)
+
+    def _is_pinned(self, tensor: torch.Tensor) -> bool:
+        return any(ref.cdata == tensor.untyped_storage()._cdata for ref in self._pinned)
+
+    def _has_to_wait(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the host gets its answer when the GPU has done all that was queued before."""
+        if name == "copy_" and on_gpu(args[0]) != on_gpu(args[1]):
+            return not (kwargs.get("non_blocking") and (on_gpu(args[1]) or self._is_pinned(args[1])))
+        return name in _READS and on_gpu(args[0])
 
     def _device_of_result(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
         """Where the result is; refuses what a GPU would refuse."""
@@ -116,6 +133,8 @@ class FakeCuda(TorchFunctionMode):
         like = args[0] if args and isinstance(args[0], torch.Tensor) else None
         device = place_of(like) if given is None and like is not None else torch.device(given or self.default_device)
         pinned = kwargs.pop("pin_memory", False)
+        if func in (torch.tensor, torch.as_tensor) and device.type == "cuda":
+            self.waits.append(func.__name__)
         result = marked(func(*args, **kwargs), GPU if device.type == "cuda" else CPU)
         if pinned:
             self._pinned.append(StorageWeakRef(result.untyped_storage()))
@@ -141,6 +160,9 @@ class FakeCuda(TorchFunctionMode):
         target = GPU if target.type == "cuda" else CPU
         if target == source:
             return marked(result, target, keep=args)
+        # A copy to the CPU that is not waited for goes to page-locked memory; torch sees to that.
+        if not kwargs.get("non_blocking") or (target == GPU and not self._is_pinned(tensor)):
+            self.waits.append(name)
         if result.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
             result = plain(result).clone()
         result = marked(plain(result), target)

@@ -23,7 +23,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from shared.quant.errors import RunError
+from shared.quant.errors import RunError, is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ def _guarded(work: Callable[[PackedLinear, Any], Answer], kernel: Kernel, layer:
     try:
         return work(layer, x)
     except FAULTS as fault:
-        if is_out_of_memory(fault):
+        if is_out_of_memory(fault):  # no fault of the kernel's; whoever draws knows what to do
             raise
         raise RunError(
             f"The kernel {kernel.name} failed on a {layer.packing.name} layer of {layer.out_features} x "
@@ -182,13 +182,6 @@ def _tokens(x: Tensor | Rounded, layer: PackedLinear) -> int:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device has run out of memory, which is no fault of a kernel's."""
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError)
 
 
 def _judge(kernel: Kernel, layer: PackedLinear, device: torch.device, trial: Trial | None) -> tuple[str | None, str]:

@@ -213,15 +213,27 @@ def test_a_kernel_that_fails_in_a_forward_is_named_with_the_way_out(make: MakeLa
         layer(torch.zeros(3, COLUMNS, dtype=torch.bfloat16))
 
 
-def test_a_full_memory_is_not_blamed_on_a_kernel(make: MakeLayer) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes"
+        ),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_a_full_memory_is_not_blamed_on_a_kernel(make: MakeLayer, error: Exception) -> None:
     def fill(_layer: PackedLinear, _x: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     layer = make(pack_nvfp4())
     layer.use(fast(fill), CPU)
 
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)) as raised:
         layer(torch.zeros(3, COLUMNS, dtype=torch.bfloat16))
+    assert raised.value is error
 
 
 @pytest.mark.parametrize(
