@@ -2,7 +2,7 @@
 
 An Offloader takes the named modules that a handler loaded ("transformer", "text_encoder", "vae") and sees to it that
 each is on the compute device when it runs. The rest of the program only ever sees `offloader.device`. There are three:
-DirectPlacement here, mmgp's profiles (mmgp_engine.py), and our own streamer/; memory_plan.py chooses.
+DirectPlacement here, mmgp's profiles (mmgp_engine.py), and our own streamer/; memory_plan/ chooses.
 """
 
 from __future__ import annotations

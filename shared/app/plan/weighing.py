@@ -17,7 +17,7 @@ from shared.app.memory import (
     free_ram_bytes,
     free_vram_bytes,
 )
-from shared.app.memory_plan import MemoryPlan, Relief, parse_size, plan_memory, unknown_sizes
+from shared.app.memory_plan import Asked, MemoryPlan, Relief, parse_size, plan_memory, unknown_sizes
 from shared.app.plan.files import PlannedFile
 from shared.app.plan.machine import DTYPE_BYTES, VAE_DTYPE, Machine
 from shared.app.plan.requested import Choice, requested_offload, requested_profile
@@ -39,8 +39,8 @@ def weigh(
 ) -> tuple[Choice, MemoryEstimate | None, MemoryPlan | None]:
     """Where weights will live, and the memory it takes: by the headers of files that are here, else as published."""
     device = machine.device
-    offload, profile = requested_offload(ctx), requested_profile(ctx)
     cap = parse_size(getattr(ctx.args, "max_vram", None) or ctx.config.get("max_vram"))
+    asked = Asked(offload=requested_offload(ctx), profile=requested_profile(ctx), cap=cap)
     is_exact = settings.sampling.precision == "exact"
     work = Workload(
         width=round(settings.width * settings.edit.hires_scale),  # the second pass is the larger one
@@ -55,15 +55,13 @@ def weigh(
     )
     estimate = weigh_files(ctx, preset, files, work, loras)
     if estimate is None:
-        return Choice(*unknown_sizes(device, offload, profile)), None, None
+        return Choice(*unknown_sizes(device, asked)), None, None
     placement = plan_memory(
         estimate,
         device,
         ram=ram_bytes(),
         free=free_vram_bytes() if device.kind == "cuda" else free_ram_bytes(),
-        cap=cap,
-        offload=offload,
-        profile=profile,
+        asked=asked,
         relief=relief,
     )
     reason = f"{placement.reason}. {' '.join(placement.sentences)}"

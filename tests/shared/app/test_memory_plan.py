@@ -10,7 +10,7 @@ import pytest
 
 from shared.app.device import DeviceInfo
 from shared.app.memory import MIB, TILES, MemoryEstimate, ModuleSizes
-from shared.app.memory_plan import MemoryPlan, Relief, next_relief, parse_size, plan_memory, unknown_sizes
+from shared.app.memory_plan import Asked, MemoryPlan, Relief, next_relief, parse_size, plan_memory, unknown_sizes
 from shared.quant.errors import UserError
 
 GIB = 2**30
@@ -46,8 +46,10 @@ def model(transformer: float = 12.3, **changes: Any) -> MemoryEstimate:
     return MemoryEstimate(**values | changes)
 
 
-def plan(device: DeviceInfo, estimate: MemoryEstimate | None = None, **asked: Any) -> MemoryPlan:
-    return plan_memory(estimate or model(), device, **{"ram": 64 * GIB, "has_mmgp": True} | asked)
+def plan(device: DeviceInfo, estimate: MemoryEstimate | None = None, **values: Any) -> MemoryPlan:
+    """values: keywords of plan_memory() and of what is asked."""
+    asked = Asked(**{name: values.pop(name) for name in ("offload", "profile", "cap") if name in values})
+    return plan_memory(estimate or model(), device, asked=asked, **{"ram": 64 * GIB, "has_mmgp": True} | values)
 
 
 # -- what fits ----------------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ def test_the_plan_says_what_stays_in_words_and_json() -> None:
 
 
 def test_before_the_files_are_here_the_choice_is_what_was_asked_for() -> None:
-    assert unknown_sizes(card(8), "auto", None)[0] == "auto"
-    assert unknown_sizes(card(8), "auto", 4)[0] == "profile 4"
-    assert unknown_sizes(card(8), "stream", None)[0] == "stream"
-    assert unknown_sizes(CPU, "auto", 4)[0] == "direct"
+    assert unknown_sizes(card(8), Asked())[0] == "auto"
+    assert unknown_sizes(card(8), Asked(profile=4))[0] == "profile 4"
+    assert unknown_sizes(card(8), Asked(offload="stream"))[0] == "stream"
+    assert unknown_sizes(CPU, Asked(profile=4))[0] == "direct"
