@@ -92,6 +92,27 @@ def test_element_wise_kernels_compile(capability: int) -> None:
     check(built(triton_kernels.swiglu, types, {}, capability, launch), capability)
 
 
+@pytest.mark.parametrize("capability", SHARED_MEMORY if ALL else (90,))
+def test_kernels_of_maps_compile(capability: int) -> None:
+    from shared.ops.maps import kernels
+
+    widths = (128, 256, 512) if ALL else (256,)  # the published decoder's, of 32 groups
+    for channels in widths:
+        launch = tuning.launch("map", capability, channels)
+        launch = {"PIXELS": launch.pop("NUMBERS") // channels, **launch}
+        shape: dict[str, Any] = {"CHANNELS": channels, "GROUPS": 32}
+        types = {"x": BF16, "bias": F32, "skip": BF16, "out": BF16, "sums": F32, "pixels": I32, "width": I32}
+        for doubled in (False, True):
+            flags = {"HAS_BIAS": True, "HAS_SKIP": True, "KEEP": True, "DOUBLED": doubled}
+            check(built(kernels.settle, types, shape | flags, capability, launch), capability)
+        types = {"total": "*fp64", "weight": F32, "bias": F32, "before": F32, "factor": F32, "summand": F32}
+        types |= {"count": I32, "eps": "fp32"}
+        check(built(kernels.factors, types, shape | {"HAS_BEFORE": True}, capability, {}), capability)
+        types = {"x": BF16, "factor": F32, "summand": F32, "out": BF16, "pixels": I32}
+        one = {"CHANNELS": channels, "SILU": True}
+        check(built(kernels.normalise, types, one, capability, launch), capability)
+
+
 @pytest.mark.parametrize("capability", PRODUCTS_FOR)
 def test_products_compile_with_the_tiles_of_the_table(capability: int) -> None:
     from shared.quant.kernels import triton_matmul

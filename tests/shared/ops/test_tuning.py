@@ -33,7 +33,7 @@ def test_the_table_of_the_program_answers_for_every_generation_and_size() -> Non
 
     assert {"80", "86", "89", "90", "100", "120"} <= set(table)
     for name, kernels in table.items():
-        wanted = {"row", "stretch", "expand", "int8 matmul"} | ({"fp8 matmul"} if int(name) >= 89 else set())
+        wanted = {"row", "stretch", "map", "expand", "int8 matmul"} | ({"fp8 matmul"} if int(name) >= 89 else set())
         assert set(kernels) == wanted
         for kernel, entries in kernels.items():
             bounds = [bound for bound, _ in entries]
