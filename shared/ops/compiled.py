@@ -99,7 +99,8 @@ def gate_residual_norm(
 def qk_norm_rope(
     qkv: Tensor | Sums, qk_weight: Tensor, rope: Tensor, n_heads: int, eps: float, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See shared.ops. The results are parts of one new tensor, head after head; short ones in float32 as eager's."""
+    """See shared.ops. The results are parts of one new tensor; short ones in float32 as eager's, and token by token, as
+    attention's result is to lie, which follows them."""
     weight_is_read = qk_weight.dtype == torch.float32 and qk_weight.is_contiguous()
     if exact or not (weight_is_read and _is_read(qkv) and rope.is_complex() and _lies_row_by_row(rope)):
         return eager.qk_norm_rope(_numbers(qkv), qk_weight, rope, n_heads, eps, exact=exact)
@@ -107,13 +108,14 @@ def qk_norm_rope(
     width = qk_weight.shape[1]
     assert rope.shape[1] == tokens  # loops would read past its end
     assert len(rope) in (1, batch)
-    dtype = torch.float32 if tokens < eager.SHORT else qkv.dtype
-    out = torch.empty(3, batch, n_heads, tokens, width, dtype=dtype)
+    is_short = tokens < eager.SHORT
+    dtype = torch.float32 if is_short else qkv.dtype
+    out = torch.empty(3, batch, *((tokens, n_heads) if is_short else (n_heads, tokens)), width, dtype=dtype)
     over_rows(
         kernels.qk_norm_rope, batch * tokens, n_heads, width, tokens, batch, *_source(qkv), qk_weight.data_ptr(),
-        rope.data_ptr(), len(rope), out.data_ptr(), _KINDS[dtype], eps, numbers=qkv.shape[-1],
+        rope.data_ptr(), len(rope), out.data_ptr(), _KINDS[dtype], is_short, eps, numbers=qkv.shape[-1],
     )  # fmt: skip
-    q, k, v = out.unbind()
+    q, k, v = (out.transpose(2, 3) if is_short else out).unbind()
     return q, k, v
 
 

@@ -194,12 +194,12 @@ def gate_residual_norm(
 @kernel
 def qk_norm_rope(
     first, last, heads, width, tokens, pictures, qkv, kind, factors, columns, weights, rope, rope_items,
-    out, out_kind, eps,
+    out, out_kind, by_token, eps,
 ):  # fmt: skip
     """Row r, token r % tokens of picture r // tokens, holds `heads` queries, keys and values of `width` numbers.
 
     weights: two rows of `width`. rope: `rope_items` pictures' tables (tokens, width / 2) of cosine and sine; 1 for all.
-    out: (3, pictures, heads, tokens, width), queries first.
+    out: (3, pictures, heads, tokens, width), queries first; (3, pictures, tokens, heads, width) if by_token.
     """
     row, half = np.empty(3 * heads * width, np.float32), width // 2
     for r in range(first, last):
@@ -217,7 +217,8 @@ def qk_norm_rope(
                         b = head[2 * i + 1] * share * gains[2 * i + 1]
                         head[2 * i] = a * turn[2 * i] - b * turn[2 * i + 1]
                         head[2 * i + 1] = a * turn[2 * i + 1] + b * turn[2 * i]
-                write_row(head, out_kind, out, ((part * pictures + item) * heads + h) * tokens + token, 0)
+                place = token * heads + h if by_token else h * tokens + token
+                write_row(head, out_kind, out, (part * pictures + item) * heads * tokens + place, 0)
 
 
 @kernel

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.z_image import straight
+from models.z_image import compiled_block, straight
 from models.z_image.modulation import Factors, Moment, Timetable
 from models.z_image.transformer import Block, ZImageTransformer
+from shared.ops import compiled_ready
 from shared.quant.linear import PackedLinear
 from shared.quant.packings import int8
 from tests.support.only_torch import only_torch
@@ -54,6 +55,18 @@ def test_it_gives_the_modules_bits(dtype: torch.dtype, packed: bool, monkeypatch
         expected = answer(model)
     assert torch.equal(found, expected)
     assert relative_error(compiled, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_blocks_from_kernel_to_kernel_give_its_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, met = network(dtype), []
+    forward = compiled_block.forward
+    monkeypatch.setattr(compiled_block, "forward", lambda *args: met.append(args) or forward(*args))
+    found = answer(model)
+    monkeypatch.setattr(compiled_block, "serves", lambda *args: False)
+
+    assert torch.equal(found, answer(model))
+    assert bool(met) == (compiled_ready.why_not() is None)
 
 
 def test_a_bfloat16_networks_stream_is_no_further_from_float32_than_one_of_bfloat16(
