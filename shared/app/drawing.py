@@ -84,8 +84,8 @@ def draw(job: DrawJob, ctx: AppContext | None = None) -> Iterator[Drawn | Spent]
     from shared.app.context import AppContext
     from shared.app.loading import ModelHolder
     from shared.app.memory import peak_rss_mb, peak_vram_mb, reset_peak_vram
+    from shared.app.one_picture import to_image
     from shared.app.plan import find_machine, make_plan, requested_device
-    from shared.app.run import to_image
     from shared.app.settings import GenerationSettings
 
     ctx = ctx or AppContext.create(job.args, job.root)

@@ -13,7 +13,8 @@ from shared.app.loading import ModelHolder
 from shared.app.memory_plan import Relief
 from shared.app.plan import GenerationPlan, find_machine_quickly, make_plan, requested_device
 from shared.app.presets import Preset
-from shared.app.run import Run, memory_key
+from shared.app.retry import memory_key
+from shared.app.run import Run
 
 if TYPE_CHECKING:
     from shared.app.context import AppContext
@@ -28,7 +29,7 @@ class ModelSession:
     def __init__(self, ctx: AppContext) -> None:
         self._ctx = ctx
         self._model = ModelHolder(ctx)
-        self._reliefs: dict[tuple[Any, ...], Relief] = {}  # what memory that ran out has taught, see run.py
+        self._reliefs: dict[tuple[Any, ...], Relief] = {}  # what memory that ran out has taught, see retry.py
         self._one_at_a_time = threading.Lock()
         self._stops: list[threading.Event] = []  # of the calls that have not returned
         self._running: threading.Event | None = None  # which of them draws: not always the one that came first

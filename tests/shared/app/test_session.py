@@ -18,8 +18,8 @@ from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
 from shared.app.events import Event, GenerationResult, ImageDone, Status, StepDone
 from shared.app.metadata import read_record
+from shared.app.one_picture import to_image
 from shared.app.plan import Choice, Machine
-from shared.app.run import to_image
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import NumbersError, RunError, UserError
 from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset, write_weights
