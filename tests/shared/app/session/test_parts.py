@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from shared.app.context import AppContext
 from shared.app.events import Status
 from shared.app.plan import Choice, find_machine
-from shared.app.settings import GenerationSettings
-from tests.support.fake_family import FakeHandler, fake_context, write_preset, write_weights
+from tests.support.fake_family import FakeHandler, write_preset, write_weights
+from tests.support.orders import order
 
 EVERYTHING = ["text_encoder", "transformer", "vae"]
-
-
-@pytest.fixture
-def handler() -> FakeHandler:
-    return FakeHandler()
-
-
-@pytest.fixture
-def ctx(tmp_path: Path, handler: FakeHandler) -> AppContext:
-    write_preset(tmp_path, "one")
-    write_preset(tmp_path, "two")
-    return fake_context(tmp_path, handler)
-
-
-def order(ctx: AppContext, preset: str = "one", **overrides: Any) -> GenerationSettings:
-    return GenerationSettings.build(ctx.presets.get(preset), {}, {"prompt": "A red fox", "seed": 40, **overrides})
 
 
 def test_a_switch_of_presets_loads_only_the_parts_that_differ(ctx: AppContext, handler: FakeHandler) -> None:

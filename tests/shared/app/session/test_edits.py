@@ -16,22 +16,8 @@ from shared.app.events import Downloading, Event, ShouldStop, Status, StepDone
 from shared.app.metadata import read_record
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
-from tests.support.fake_family import FakeHandler, fake_context, write_preset
-
-
-@pytest.fixture
-def handler() -> FakeHandler:
-    return FakeHandler()
-
-
-@pytest.fixture
-def ctx(tmp_path: Path, handler: FakeHandler) -> AppContext:
-    write_preset(tmp_path, "one")
-    return fake_context(tmp_path, handler)
-
-
-def order(ctx: AppContext, **overrides: Any) -> GenerationSettings:
-    return GenerationSettings.build(ctx.presets.get("one"), {}, {"prompt": "a fox", "seed": 40, **overrides})
+from tests.support.fake_family import FakeHandler, write_preset
+from tests.support.orders import order, pixels
 
 
 def put(path: Path, width: int = 128, height: int = 96) -> str:
@@ -45,11 +31,6 @@ def put_mask(path: Path) -> str:
     mask.paste(255, (80, 40, 100, 60))
     mask.save(path)
     return str(path)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
 
 
 def test_references_are_copied_recorded_and_drawn_from_again(

@@ -6,7 +6,6 @@ import errno
 import gc
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +19,9 @@ from shared.app.events import Event, Status
 from shared.app.memory_plan import MemoryPlan
 from shared.app.metadata import read_record
 from shared.app.plan import Choice, Machine
-from shared.app.settings import GenerationSettings
 from shared.quant.errors import RunError, UserError, is_out_of_memory
-from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
+from tests.support.fake_family import FakeHandler, FakeProcessor
+from tests.support.orders import order
 
 STAGES = ["load", "text", "denoise", "decode"]
 ERRORS = [
@@ -75,17 +74,6 @@ class RecordedOffload:
 
 
 @pytest.fixture
-def handler() -> FakeHandler:
-    return FakeHandler()
-
-
-@pytest.fixture
-def ctx(tmp_path: Path, handler: FakeHandler) -> AppContext:
-    write_preset(tmp_path, "one")
-    return fake_context(tmp_path, handler)
-
-
-@pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[MemoryPlan]:
     """The machine has a GPU; returns the plans that are carried out, in order."""
     machine = Machine(DeviceInfo("cuda", "Card", 89, 24 << 30, "a test's card"), Choice("bfloat16", "native"))
@@ -100,10 +88,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[MemoryPlan]:
 
     monkeypatch.setattr("shared.app.offload.make_offloader", make_offloader)
     return made
-
-
-def order(ctx: AppContext, **overrides: Any) -> GenerationSettings:
-    return GenerationSettings.build(ctx.presets.get("one"), {}, {"prompt": "fox", "seed": 40, **overrides})
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
