@@ -120,7 +120,11 @@ def _add_presets(ctx: AppContext, args: argparse.Namespace) -> int:
 
 
 def doctor(ctx: AppContext, args: argparse.Namespace) -> int:
-    """Say what this machine has and can do; exit code 1 when something is broken."""
+    """Say what this machine has and can do; exit code 1 when something is broken. With --tune, measure kernels."""
+    if args.tune:
+        from shared.cli.tune import tune
+
+        return tune(args)
     from shared.app.doctor import examine
     from shared.cli.doctor_report import print_report
 

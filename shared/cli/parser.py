@@ -279,6 +279,10 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-self-test", action="store_true", help="draw no picture; answers in seconds")
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="instead measure how this NVIDIA GPU's kernels are launched best, in two minutes; from then on they are",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 

@@ -39,16 +39,3 @@ def test_the_table_of_the_program_answers_for_every_generation_and_size() -> Non
             bounds = [bound for bound, _ in entries]
             assert bounds[-1] is None and bounds[:-1] == sorted(bounds[:-1]), (name, kernel)
     assert json.loads(tuning.FILE.read_text(encoding="utf-8"))["source"]
-
-
-def test_the_fastest_that_runs_is_found() -> None:
-    def seconds(options: tuning.Launch) -> float:
-        if options["BLOCK"] == 256:
-            raise RuntimeError("out of resource: shared memory")
-        return 1 / options["BLOCK"]
-
-    found = tuning.fastest([{"BLOCK": 64}, {"BLOCK": 128}, {"BLOCK": 256}], seconds)
-
-    assert found == ({"BLOCK": 128}, 1 / 128)
-    with pytest.raises(RuntimeError, match="none of 1"):
-        tuning.fastest([{"BLOCK": 256}], seconds)

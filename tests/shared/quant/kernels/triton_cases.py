@@ -195,3 +195,24 @@ def without_branch(packed: Packed) -> Tensor:
     if "down" in tensors:
         tensors |= {"down": torch.zeros_like(tensors["down"])}
     return replace(packed, tensors=tensors).dequantize(torch.float32).double()
+
+
+def test_what_is_tuned_runs_and_is_right_with_other_options() -> None:
+    """Every entry's works under one candidate that differs, at small sizes."""
+    from shared.quant.kernels import tune
+
+    sizes = tune.Sizes(width=64, hidden=80, heads=2, tokens=8, many=3)
+    entries = tune.entries_for(DEVICE, 86, sizes)
+    entries = [e for e in entries if e.bound is None or (e.kernel, e.bound) == ("row", 4096)]
+
+    def small(entry: tune.Entry) -> tune.Entry:
+        # Of small tiles: the interpreter takes its time for the others.
+        first, second = sorted(
+            entry.candidates, key=lambda o: (o.get("BLOCK_M", 0) * o.get("BLOCK_N", 0), *o.values())
+        )[:2]
+        return replace(entry, options=first, candidates=[second])
+
+    found = list(tune.search(map(small, entries), lambda run: float(run() is None)))
+
+    assert [(one.kernel, one.bound) for one in found] == [(entry.kernel, entry.bound) for entry in entries]
+    assert not any(one.wrong for one in found)
