@@ -145,7 +145,7 @@ def test_a_named_format_that_cannot_be_written_gets_a_row_and_the_rest_goes_on(
         request.output.parent.mkdir(exist_ok=True)
         write_weights(request.output)
 
-    monkeypatch.setattr("shared.app.compare.quantize", convert)
+    monkeypatch.setattr("shared.app.compare.contenders.quantize", convert)
 
     rows = run(fake_ctx, formats=("int8", "svdq_int4_r32")).rows
 
