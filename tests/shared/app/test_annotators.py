@@ -11,7 +11,6 @@ import pytest
 
 import shared.preprocess
 from shared.app import annotators
-from shared.app import hub as hub_module
 from shared.app.annotators import annotator_of, fetch, missing_megabytes
 from shared.app.download import FileStore
 from shared.app.edit_settings import EditSettings
@@ -29,7 +28,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with a tiny HED network, which is the one that the preprocessor wants."""
     content = write_hed(tmp_path / "made" / "hed.onnx").read_bytes()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "RETRY_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.hub.transfer.RETRY_WAIT_SECONDS", 0.0)
     with serve(HubServer({REPO: {"hed.onnx": StoredFile(content)}})) as server:
         wanted = ModelFile(f"{server.url}/{REPO}/resolve/main/hed.onnx", 7, hashlib.sha256(content).hexdigest())
         for module in (annotators, shared.preprocess):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from shared.app import download as download_module
-from shared.app import hub as hub_module
 from shared.app.download import DownloadCancelled, DownloadProgress, FileStore, Located, default_hub_cache
+from shared.app.download.names import is_generic
+from shared.app.download.remembered import Remembered
 from shared.quant.errors import RunError, UserError
 from tests.support.hub_server import HubServer, StoredFile, serve
 
@@ -38,7 +38,7 @@ def store(tmp_path: Path) -> FileStore:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "RETRY_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.hub.transfer.RETRY_WAIT_SECONDS", 0.0)
     with serve(HubServer({REPO: {"w.safetensors": StoredFile(WEIGHTS)}})) as server:
         yield server
 
@@ -85,7 +85,7 @@ def test_of_two_files_of_one_name_the_one_in_the_same_folder_is_taken(store: Fil
 def test_a_file_put_there_while_the_program_runs_is_found(
     store: FileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(download_module, "LISTING_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.download.listing.LISTING_SECONDS", 0.0)
     assert store.find(f"{HUB}/w.safetensors") is None
 
     expected = put(tmp_path / "ComfyUI/models/unet/w.safetensors")
@@ -102,13 +102,13 @@ def test_a_file_is_found_while_another_thread_lists_the_folders_anew(
     walk = os.walk
 
     def walk_with_company(*where: Path, followlinks: bool) -> Iterator[tuple[str, list[str], list[str]]]:
-        monkeypatch.setattr(download_module, "LISTING_SECONDS", 60.0)
+        monkeypatch.setattr("shared.app.download.listing.LISTING_SECONDS", 60.0)
         found_meanwhile.append(store.find("w.safetensors"))
-        monkeypatch.setattr(download_module, "LISTING_SECONDS", 0.0)
+        monkeypatch.setattr("shared.app.download.listing.LISTING_SECONDS", 0.0)
         yield from walk(*where, followlinks=followlinks)
 
     monkeypatch.setattr(os, "walk", walk_with_company)
-    monkeypatch.setattr(download_module, "LISTING_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.download.listing.LISTING_SECONDS", 0.0)
     store.find("another.safetensors")
 
     assert set(found_meanwhile) == {expected}
@@ -142,7 +142,7 @@ def test_a_name_that_says_nothing_counts_only_under_its_repository(store: FileSt
     ],
 )
 def test_names_that_say_nothing_are_told_from_names_that_do(name: str, generic: bool) -> None:
-    assert download_module._is_generic(name) is generic
+    assert is_generic(name) is generic
 
 
 def test_a_subfolder_is_looked_at_first(store: FileStore, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_what_two_programs_remember_at_once_is_all_kept(tmp_path: Path) -> None:
     files = [put(tmp_path / f"{number}.safetensors") for number in range(20)]
 
     def remember(mine: list[Path]) -> None:
-        memory = download_module._Remembered(tmp_path / "known.json")
+        memory = Remembered(tmp_path / "known.json")
         for file in mine:
             memory.put(file, file.name)
 
@@ -391,7 +391,7 @@ def test_what_two_programs_remember_at_once_is_all_kept(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
 
-    memory = download_module._Remembered(tmp_path / "known.json")
+    memory = Remembered(tmp_path / "known.json")
     assert [memory.get(file) for file in files] == [file.name for file in files]
 
 

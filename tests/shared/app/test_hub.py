@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from shared.app import hub as hub_module
 from shared.app.hub import DownloadCancelled, DownloadProgress, HubFile, download, parse_hub_url
+from shared.app.hub.transfer import TRIES_WITHOUT_DATA
 from shared.quant.errors import RunError, UserError
 from tests.support.hub_server import COMMIT, HubServer, StoredFile, serve
 
@@ -28,7 +28,7 @@ TINY = HubFile(REPO, "main", "sub/weights.safetensors")
 def _online(monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests talk to a loopback server; the suite's offline mode is for everything else."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module, "RETRY_WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.hub.transfer.RETRY_WAIT_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_hub_that_never_recovers_is_given_up_with_a_hint(hub: HubServer, targe
         download(TINY, target, endpoint=hub.url)
 
     assert str(target) in raised.value.hint
-    assert len(hub.downloads) == hub_module.TRIES_WITHOUT_DATA
+    assert len(hub.downloads) == TRIES_WITHOUT_DATA
 
 
 def test_no_server_is_an_error_within_seconds_that_says_what_to_do(target: Path) -> None:
@@ -173,7 +173,7 @@ def test_no_server_is_an_error_within_seconds_that_says_what_to_do(target: Path)
 
 def test_a_hub_that_never_answers_is_given_up(hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.silent = True
-    monkeypatch.setattr(hub_module, "LOOK_UP_SECONDS", 0.2)
+    monkeypatch.setattr("shared.app.hub.look_up.LOOK_UP_SECONDS", 0.2)
 
     with pytest.raises(RunError, match="no answer within"):
         download(TINY, target, endpoint=hub.url)
@@ -196,7 +196,7 @@ def test_cancel_is_heard_while_an_earlier_runs_bytes_are_read(
     part.parent.mkdir()
     part.write_bytes(WEIGHTS[:2_000_000])
     looked_up: list[bool] = []
-    monkeypatch.setattr(hub_module, "_check_disk", lambda *_: looked_up.append(True))
+    monkeypatch.setattr("shared.app.hub.one_file._check_disk", lambda *_: looked_up.append(True))
 
     with pytest.raises(DownloadCancelled) as raised:
         download(TINY, target, endpoint=hub.url, should_stop=lambda: bool(looked_up))
@@ -285,7 +285,7 @@ def test_a_disk_that_fills_up_leaves_no_part_behind(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub_module._Part, "write", full)
+    monkeypatch.setattr("shared.app.hub.transfer._Part.write", full)
 
     with pytest.raises(RunError, match="became full"):
         download(TINY, target, endpoint=hub.url)
@@ -296,7 +296,7 @@ def test_a_disk_that_fills_up_leaves_no_part_behind(
 def test_progress_runs_from_nothing_to_the_whole_file(
     hub: HubServer, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("shared.app.hub.progress.REPORT_SECONDS", 0.0)
     seen: list[DownloadProgress] = []
 
     download(TINY, target, endpoint=hub.url, on_progress=seen.append)
