@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from shared.app import doctor
+from shared.app.advice import advise
 from shared.app.context import AppContext
 from shared.app.device import DeviceInfo
-from shared.app.doctor import Report, TorchFacts, draw_self_test, examine, nunchaku_facts
+from shared.app.doctor import Report, TorchFacts, examine, software
+from shared.app.doctor.nunchaku import nunchaku_facts
+from shared.app.doctor.self_test import SELF_TEST_SEED, draw_self_test
 from shared.app.kernel_report import PROBES, KernelChoice, kernel_choices
 from shared.ops import triton_ready
 from shared.quant.errors import UserError
@@ -31,7 +33,10 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(doctor, "kernel_choices", lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish))
+    monkeypatch.setattr(
+        "shared.app.doctor.device_facts.kernel_choices",
+        lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish),
+    )
     write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
     return fake_context(tmp_path, handler)
 
@@ -65,9 +70,9 @@ def test_a_packing_that_some_kernel_multiplies_as_it_is_is_not_called_slow(
         choice("SVDQuant FP4", "svdq", "bf16"),
         choice("NVFP4", "nvfp4", "bf16"),
     ]
-    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: choices)
+    monkeypatch.setattr("shared.app.doctor.device_facts.kernel_choices", lambda *_, **__: choices)
     told: list[object] = []
-    monkeypatch.setattr(doctor, "advise", lambda *arguments: told.append(arguments[-1]))
+    monkeypatch.setattr("shared.app.doctor.device_facts.advise", lambda *arguments: told.append(arguments[-1]))
 
     examine(ctx)
 
@@ -87,7 +92,7 @@ def test_the_self_test_draws_a_small_picture_and_keeps_nothing(ctx: AppContext, 
     test = report.self_test
     assert test is not None and test.passed and report.usable
     assert "256x256" in test.words and test.seconds > 0
-    assert handler.processors[0].calls[0]["seed"] == doctor.SELF_TEST_SEED
+    assert handler.processors[0].calls[0]["seed"] == SELF_TEST_SEED
     assert not ctx.output_folder.exists()
 
 
@@ -132,7 +137,7 @@ def test_missing_demo_weights_fail_the_self_test_with_their_name(ctx: AppContext
 
 def test_a_torch_that_does_not_load_is_the_finding(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)  # importing it now raises ImportError
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: SimpleNamespace())
+    monkeypatch.setattr("shared.app.doctor.software.importlib.util.find_spec", lambda name: SimpleNamespace())
 
     report = examine(ctx, self_test=True)
 
@@ -141,7 +146,7 @@ def test_a_torch_that_does_not_load_is_the_finding(ctx: AppContext, monkeypatch:
 
 
 def test_a_missing_torch_is_named_with_what_to_run(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("shared.app.doctor.software.importlib.util.find_spec", lambda name: None)
 
     report = examine(ctx)
 
@@ -151,7 +156,9 @@ def test_a_missing_torch_is_named_with_what_to_run(ctx: AppContext, monkeypatch:
 def test_a_needed_library_that_is_missing_is_broken_and_an_optional_one_is_not(
     ctx: AppContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "LIBRARIES", {"no-such-a": (True, "text"), "no-such-b": (False, "more")})
+    monkeypatch.setattr(
+        "shared.app.doctor.software.LIBRARIES", {"no-such-a": (True, "text"), "no-such-b": (False, "more")}
+    )
 
     report = examine(ctx)
 
@@ -159,7 +166,7 @@ def test_a_needed_library_that_is_missing_is_broken_and_an_optional_one_is_not(
 
 
 def test_a_gpu_that_torch_does_not_use_is_a_warning(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_driver", lambda: "580.65")
+    monkeypatch.setattr("shared.app.doctor.software._driver", lambda: "580.65")
 
     report = examine(ctx)
 
@@ -170,15 +177,16 @@ def test_a_driver_program_that_does_not_answer_is_no_error(monkeypatch: pytest.M
     def hang(*_: object, **options: float) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", options["timeout"])
 
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(doctor.subprocess, "run", hang)
+    monkeypatch.setattr("shared.app.doctor.software.shutil.which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr("shared.app.doctor.software.subprocess.run", hang)
 
-    assert doctor._driver() == ""
+    assert software._driver() == ""
 
 
 def test_a_download_larger_than_the_disk_is_a_warning(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    advise = doctor.advise
-    monkeypatch.setattr(doctor, "advise", lambda *args: replace(advise(*args), to_download=10**18))
+    monkeypatch.setattr(
+        "shared.app.doctor.device_facts.advise", lambda *args: replace(advise(*args), to_download=10**18)
+    )
 
     report = examine(ctx)
 
@@ -205,8 +213,8 @@ def test_a_device_that_is_not_there_is_the_users_mistake(ctx: AppContext) -> Non
 
 def test_a_card_is_told_with_its_capability(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
     card = DeviceInfo("cuda", "Card", 120, 16 * 2**30, "a test's card")
-    monkeypatch.setattr(doctor, "detect", lambda prefer: card)
-    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: [])
+    monkeypatch.setattr("shared.app.doctor.device_facts.detect", lambda prefer: card)
+    monkeypatch.setattr("shared.app.doctor.device_facts.kernel_choices", lambda *_, **__: [])
     monkeypatch.setattr(triton_ready, "why_not", lambda _device: "the package triton is not installed")
 
     device = examine(ctx).device
@@ -216,8 +224,10 @@ def test_a_card_is_told_with_its_capability(ctx: AppContext, monkeypatch: pytest
 
 
 def test_a_cpu_is_told_with_what_computes_between_products(ctx: AppContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "kernel_choices", lambda *_, **__: [])
-    monkeypatch.setattr(doctor, "detect", lambda prefer: DeviceInfo("cpu", "Processor", None, None, "a test's"))
+    monkeypatch.setattr("shared.app.doctor.device_facts.kernel_choices", lambda *_, **__: [])
+    monkeypatch.setattr(
+        "shared.app.doctor.device_facts.detect", lambda prefer: DeviceInfo("cpu", "Processor", None, None, "a test's")
+    )
 
     device = examine(ctx).device
 
@@ -271,8 +281,9 @@ def test_an_impostor_is_a_warning_with_what_to_do(
     ctx: AppContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = package(tmp_path)
-    look = doctor.nunchaku_facts
-    monkeypatch.setattr(doctor, "nunchaku_facts", lambda torch_facts: look(torch_facts, folder))
+    monkeypatch.setattr(
+        "shared.app.doctor.examination.nunchaku_facts", lambda torch_facts: nunchaku_facts(torch_facts, folder)
+    )
 
     report = examine(ctx)
 

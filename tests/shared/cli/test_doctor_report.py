@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shared.app import doctor
 from shared.app.advice import Advice, Verdict
 from shared.app.context import AppContext
 from shared.app.doctor import NunchakuFacts, Problem, Report, SystemFacts, examine
@@ -31,7 +30,10 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(doctor, "kernel_choices", lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish))
+    monkeypatch.setattr(
+        "shared.app.doctor.device_facts.kernel_choices",
+        lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish),
+    )
     write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
     return fake_context(tmp_path, handler)
 
