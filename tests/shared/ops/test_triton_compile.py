@@ -1,6 +1,8 @@
 """Triton kernels compile for every generation of card, with the launch options of its table, without a GPU.
 
-Shared memory is compared with what the generation has; registers that spill would show in a kernel's time only.
+They are compiled as they are launched: Triton looks at the arguments, and addresses and sizes that are multiples of 16
+make other code, which reads 16 bytes at a time and several tiles ahead. Shared memory is compared with what the
+generation has, and no number may spill out of the registers; time is for a GPU to tell.
 
 Usually some kernels for some generations: seconds. ZIMAGE_COMPILE=all in the environment takes every kernel for every
 generation: a minute or two, after a change of kernels, tiles or Triton.
@@ -9,6 +11,9 @@ generation: a minute or two, after a change of kernels, tiles or Triton.
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +61,10 @@ def element_wise() -> list[tuple[str, dict[str, str], dict[str, Any], int]]:
     return cases
 
 
+# Of the real network's sizes all but these are multiples of 16.
+ODD = frozenset({"heads", "tokens_per_item", "tokens"})
+
+
 def built(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, launch: dict[str, int]
 ) -> Any:
@@ -65,7 +74,12 @@ def built(
 
     constants = {**constants, **{name: value for name, value in launch.items() if name.isupper()}}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    even = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name] not in ("constexpr", "fp32") and name not in ODD
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=even)
     options = {name: value for name, value in launch.items() if not name.isupper()}
     try:
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -73,27 +87,38 @@ def built(
         pytest.skip(f"no assembler for capability {capability}: {missing}")
 
 
-def check(compiled: Any, capability: int) -> None:
-    assert compiled.asm["cubin"]
+def check(compiled: Any, capability: int, folder: Path) -> None:
     assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    assert stack_bytes(compiled.asm["cubin"], folder) == 0
+
+
+def stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Memory that a thread takes beside its registers: what was spilled."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    file = folder / "kernel.cubin"
+    file.write_bytes(cubin)
+    told = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    return sum(int(found) for found in re.findall(r"STACK:(\d+)", told))
 
 
 @pytest.mark.parametrize("capability", ROWS_FOR)
-def test_element_wise_kernels_compile(capability: int) -> None:
+def test_element_wise_kernels_compile(capability: int, tmp_path: Path) -> None:
     from shared.ops import triton_kernels
 
     for name, types, constants, width in element_wise():
         if constants.get("ROUND") == 2 and capability < 89:
             continue  # cards without 8-bit floats are never asked for them
         launch = tuning.launch("row", capability, width)
-        check(built(getattr(triton_kernels, name), types, constants, capability, launch), capability)
+        check(built(getattr(triton_kernels, name), types, constants, capability, launch), capability, tmp_path)
     types = {"w13": BF16, "out": BF16, "columns": I32}
     launch = tuning.launch("stretch", capability, 10240)
-    check(built(triton_kernels.swiglu, types, {}, capability, launch), capability)
+    check(built(triton_kernels.swiglu, types, {}, capability, launch), capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY if ALL else (90,))
-def test_kernels_of_maps_compile(capability: int) -> None:
+def test_kernels_of_maps_compile(capability: int, tmp_path: Path) -> None:
     from shared.ops.maps import kernels
 
     widths = (128, 256, 512) if ALL else (256,)  # the published decoder's, of 32 groups
@@ -104,17 +129,17 @@ def test_kernels_of_maps_compile(capability: int) -> None:
         types = {"x": BF16, "bias": F32, "skip": BF16, "out": BF16, "sums": F32, "pixels": I32, "width": I32}
         for doubled in (False, True):
             flags = {"HAS_BIAS": True, "HAS_SKIP": True, "KEEP": True, "DOUBLED": doubled}
-            check(built(kernels.settle, types, shape | flags, capability, launch), capability)
+            check(built(kernels.settle, types, shape | flags, capability, launch), capability, tmp_path)
         types = {"total": "*fp64", "weight": F32, "bias": F32, "before": F32, "factor": F32, "summand": F32}
         types |= {"count": I32, "eps": "fp32"}
-        check(built(kernels.factors, types, shape | {"HAS_BEFORE": True}, capability, {}), capability)
+        check(built(kernels.factors, types, shape | {"HAS_BEFORE": True}, capability, {}), capability, tmp_path)
         types = {"x": BF16, "factor": F32, "summand": F32, "out": BF16, "pixels": I32}
         one = {"CHANNELS": channels, "SILU": True}
-        check(built(kernels.normalise, types, one, capability, launch), capability)
+        check(built(kernels.normalise, types, one, capability, launch), capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", PRODUCTS_FOR)
-def test_products_compile_with_the_tiles_of_the_table(capability: int) -> None:
+def test_products_compile_with_the_tiles_of_the_table(capability: int, tmp_path: Path) -> None:
     from shared.quant.kernels import triton_matmul
 
     pointers = {"a_scale": F32, "scale": F32, "left": BF16, "right": BF16, "bias": BF16, "out": BF16}
@@ -128,11 +153,11 @@ def test_products_compile_with_the_tiles_of_the_table(capability: int) -> None:
             constants = {"WHOLE": kind == "int8", "HAS_BIAS": False, "HAS_BRANCH": True, "EVEN": True}
             constants |= {"WIDEN": False, "BLOCK_R": 32}
             types = {"a": codes, "codes": codes, **pointers, **numbers}
-            check(built(triton_matmul._scaled_matmul, types, constants, capability, launch), capability)
+            check(built(triton_matmul._scaled_matmul, types, constants, capability, launch), capability, tmp_path)
 
 
 @pytest.mark.parametrize("capability", ROWS_FOR)
-def test_expanding_compiles(capability: int) -> None:
+def test_expanding_compiles(capability: int, tmp_path: Path) -> None:
     from shared.quant.kernels import triton_expand
 
     numbers = {"codes": "*u8", "row_scale": F32, "smooth": BF16, "columns": I32, "rows": I32}
@@ -140,11 +165,11 @@ def test_expanding_compiles(capability: int) -> None:
         constants = {"CODING": coding, "HAS_SMOOTH": coding < 2, "GROUP": group}
         launch = tuning.launch("expand", capability, 3840)
         types = {**numbers, "scales": scales, "out": BF16}
-        check(built(triton_expand._expand, types, constants, capability, launch), capability)
+        check(built(triton_expand._expand, types, constants, capability, launch), capability, tmp_path)
         for rounding, out in ((1, "*i8"), (2, "*fp8e4nv")):
             if rounding == 2 and capability < 89:
                 continue
             types = {**numbers, "scales": scales, "out": out, "out_scale": F32}
             launch = tuning.launch("row", capability, 4096)
             whole_row = {**constants, "ROUND": rounding, "WIDTH": 4096}
-            check(built(triton_expand._expand_rounded, types, whole_row, capability, launch), capability)
+            check(built(triton_expand._expand_rounded, types, whole_row, capability, launch), capability, tmp_path)
