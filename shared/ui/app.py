@@ -14,6 +14,7 @@ import gradio as gr
 from shared.quant.errors import UserError
 from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel
+from shared.ui.page import Page
 from shared.ui.result_panel import build_result_panel
 from shared.ui.sampling_panel import build_sampling_panel
 from shared.ui.theme import CSS, HEAD, build_theme
@@ -45,7 +46,8 @@ def build_app(ctx: AppContext) -> gr.Blocks:
                 settings = build_settings_panel()
                 sampling = build_sampling_panel()
                 edit = build_edit_panel()
-        wire(ctx, app, compose, settings, sampling, edit, result)
+        page = Page(ctx=ctx, compose=compose, settings=settings, sampling=sampling, edit=edit, result=result)
+        wire(app, page)
     return app
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     Levels = np.ndarray[Any, np.dtype[Any]]
 
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels, as Pillow has them
+
 CONTEXT = 0.25  # what is shown around a mask, as a share of its longer side
 MIN_CONTEXT = 32  # pixels
 MAX_ZOOM = 2  # a small mask's surroundings are enlarged at most so much; beyond, the network sees too little around

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shared.app.editing.edit import REFERENCES, Edit
 from shared.app.pictures import open_mask, open_picture
 from shared.app.settings import DEFAULT_BLOCK, GenerationSettings
 from shared.preprocess import Preprocessor
 from shared.quant.errors import UserError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    Levels = np.ndarray[Any, np.dtype[Any]]
 
 
 def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder: Path) -> Edit:

@@ -15,9 +15,9 @@ from shared.app.download import Located
 from shared.quant.errors import RunError, UserError
 from shared.ui.edit_panel import build_edit_panel
 from shared.ui.generate_panel import build_compose_panel, build_settings_panel, input_components
+from shared.ui.page import Page
 from shared.ui.result_panel import build_result_panel
 from shared.ui.sampling_panel import build_sampling_panel, sampling_components
-from shared.ui.wiring import Page
 
 THIS_PAGE = SimpleNamespace(session_hash="this page")
 OTHER_PAGE = SimpleNamespace(session_hash="another page")
@@ -184,7 +184,7 @@ def test_the_lora_that_corrects_packing_is_offered_where_it_lies_beside_the_file
     page: Page, context, entered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = page.preset_picked("guided")
-    monkeypatch.setattr("shared.ui.wiring.beside_transformer", lambda files: Path("model_lora.safetensors"))
+    monkeypatch.setattr("shared.ui.page.beside_transformer", lambda files: Path("model_lora.safetensors"))
     shown = page.preset_picked("guided")
 
     assert not visible(alone[page.settings.error_lora_strength])
