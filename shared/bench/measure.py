@@ -84,22 +84,65 @@ class Timing:
         return {name: round(ms, 4) for name, ms in figures.items()} | {"repeats": len(self.ms)}
 
 
-def interleave(
-    contenders: Mapping[str, Work], clock: Clock, *, repeats: int, warm_ups: int | None = None
-) -> tuple[dict[str, Timing], dict[str, Any]]:
-    """Time all contenders in turns; (timings, what each returned the first time).
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """By contender: its times, what it returned the first time, the reason why it has neither."""
+
+    timings: Mapping[str, Timing]
+    results: Mapping[str, Any]
+    failures: Mapping[str, str]
+
+
+def interleave(contenders: Mapping[str, Work], clock: Clock, *, repeats: int, warm_ups: int | None = None) -> Taken:
+    """Time all contenders in turns. One that fails, for want of memory or whatever, leaves the others their turns.
 
     warm_ups: untimed turns before; None takes WARM_UPS, or one where the repeats are few because a call is slow.
     """
     warm_ups = (WARM_UPS if repeats >= MANY else 1) if warm_ups is None else warm_ups
     results: dict[str, Any] = {}
-    for _ in range(max(warm_ups, 1)):
-        for name, work in contenders.items():
-            result = work()
-            results.setdefault(name, result)
+    failures: dict[str, str] = {}
     taken: dict[str, list[float]] = {name: [] for name in contenders}
-    forwards = list(contenders.items())
-    for turn in range(repeats):
-        for name, work in forwards if turn % 2 == 0 else reversed(forwards):
-            taken[name].append(clock.time(work)[0])
-    return {name: Timing(tuple(ms)) for name, ms in taken.items()}, results
+
+    def warm_up(name: str) -> None:
+        result = contenders[name]()
+        results.setdefault(name, result)
+
+    def time_it(name: str) -> None:
+        taken[name].append(clock.time(contenders[name])[0])
+
+    names = list(contenders)
+    turns = [(warm_up, names)] * max(warm_ups, 1)
+    turns += [(time_it, names if turn % 2 == 0 else names[::-1]) for turn in range(repeats)]
+    for do, order in turns:
+        for name in order:
+            if name not in failures and (reason := failure(lambda do=do, name=name: do(name))):  # type: ignore[misc]
+                failures[name] = reason
+                results.pop(name, None)
+    timings = {name: Timing(tuple(ms)) for name, ms in taken.items() if name not in failures}
+    return Taken(timings, results, failures)
+
+
+OUT_OF_MEMORY = "out of memory"
+_REASON_LETTERS = 120
+
+
+def failure(work: Work) -> str:
+    """Do the work and return "", or in a line why it failed, with the GPU's memory given back."""
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - whatever a peer's library raises is this contender's result
+        reason = reason_of(f"{type(error).__name__}: {error}")
+    else:
+        return ""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return reason
+
+
+def reason_of(text: str) -> str:
+    """A failure in a few words: that memory ran out, or the text's first line that says something."""
+    if OUT_OF_MEMORY in text.lower() or "OutOfMemory" in text or text.startswith("MemoryError"):
+        return OUT_OF_MEMORY
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")[:_REASON_LETTERS]

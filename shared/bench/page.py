@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from shared.bench import charts
 from shared.bench.card import label
 from shared.bench.cases import CASES
+from shared.bench.floors import best_rate
 from shared.bench.goals import GOALS, Goal
 from shared.bench.machine import Machine
 from shared.bench.results import Record, Results, Row
@@ -163,7 +164,7 @@ def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iter
         row for row in record.rows if row.row.startswith("growth, ") and {"ms", "tokens", "gflop"} <= row.values.keys()
     ]
     if grown:
-        rate = 0.0 if roofs is None else max(_best_rate(roofs, "bf16"), *(_rate(r) for r in grown if r.who in _IN_BF16))
+        rate = 0.0 if roofs is None else max(_roof(roofs), *(_rate(r) for r in grown if r.who in _IN_BF16))
         yield _IMAGES.format("time"), _time_plot(grown, rate, f"One block of real width, bf16 and int8, {where}")
     weights = {
         row.who.removeprefix("ours ").replace("ours", "bf16"): float(row.values["weight_bytes"]) / 1e6
@@ -204,7 +205,7 @@ def _forward_plot(
         row for row in record.rows if row.row.endswith("caption 100") and {"ms", "tokens", "gflop"} <= row.values.keys()
     ]
     if rows:
-        rate = _best_rate(roofs[1], "bf16") if roofs else 0.0
+        rate = _roof(roofs[1]) if roofs else 0.0
         yield _IMAGES.format("forward"), _time_plot(rows, rate, f"One forward in bf16, {machine.gpu}")
 
 
@@ -221,9 +222,9 @@ def _time_plot(rows: Sequence[Row], rate: float, title: str) -> tuple[str, str]:
     return title, charts.lines(title, "picture", "ms", series, floor="floor in bf16", names=names)
 
 
-def _best_rate(roofs: Record, kind: str) -> float:
-    """The highest rate of products in a type, GFLOP per ms; 0 when none was taken."""
-    return max((_rate(row) for row in roofs.rows if row.who == f"raw {kind}" and "gflop" in row.values), default=0.0)
+def _roof(roofs: Record) -> float:
+    """The highest rate of products in bf16, GFLOP per ms; 0 when none was taken."""
+    return best_rate(roofs.rows, ("bf16",))
 
 
 def _rate(row: Row) -> float:

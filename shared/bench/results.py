@@ -50,6 +50,7 @@ class Record:
     after: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     rows: Sequence[Row] = ()
+    finished: bool = True  # False of one that was cut short
 
     def find(self, row: str, who: str) -> Mapping[str, Value]:
         """The values of a row; {} when it was not measured."""
@@ -93,17 +94,30 @@ def read(path: Path) -> Results:
 def merge(path: Path, machine: Machine, records: Sequence[Record]) -> Results:
     """Write records into a file, each in place of its case's earlier one; what else is in it stays.
 
+    One that was cut short takes the place of a finished one only where it has more rows. No file is ever
+    half-written.
     Raises UserError when the file is another machine's.
     """
-    earlier = read(path) if path.exists() else Results(machine, {})
-    if earlier.machine.slug != machine.slug:
-        raise UserError(
-            f"{path} holds figures of {earlier.machine}, this is {machine}.", "Give another file with --out."
-        )
-    results = Results(machine, {**earlier.cases, **{record.case: record for record in records}})
+    earlier = read_own(path, machine)
+    cases = dict(earlier.cases)
+    for record in records:
+        known = cases.get(record.case)
+        if record.finished or known is None or not known.finished or len(record.rows) > len(known.rows):
+            cases[record.case] = record
+    results = Results(machine, cases)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results.as_dict(), indent=1) + "\n", encoding="utf-8")
+    written = path.with_name(f"{path.name}.new")
+    written.write_text(json.dumps(results.as_dict(), indent=1) + "\n", encoding="utf-8")
+    written.replace(path)
     return results
+
+
+def read_own(path: Path, machine: Machine) -> Results:
+    """What a file of this machine holds, nothing if there is none. Raises UserError when it is another machine's."""
+    found = read(path) if path.exists() else Results(machine, {})
+    if found.machine.slug != machine.slug:
+        raise UserError(f"{path} holds figures of {found.machine}, this is {machine}.", "Give another file with --out.")
+    return found
 
 
 def read_all(folder: Path = FOLDER) -> list[Results]:

@@ -19,7 +19,8 @@ class Stand:
     """One case's workplace.
 
     device: where to compute. peers: keys of cases.PEERS that may be run. folder: for files, emptied afterwards.
-    rows, notes: what came out so far. how: the way figures were taken, in words; a case that has its own sets it.
+    repeats: of every row, None if each has its own. rows, notes: what came out so far. how: the way figures were taken,
+    in words; a case that has its own sets it.
     """
 
     def __init__(
@@ -31,13 +32,14 @@ class Stand:
         folder: Path,
         repeats: int | None = None,
         tell: Callable[[str], None] = lambda text: None,
+        keep: Callable[[Stand], None] = lambda stand: None,
     ) -> None:
-        """repeats: for all rows, in place of what they ask for."""
+        """repeats: for all rows, in place of what they ask for. keep: called when there is more to keep."""
         self.device, self.clock, self.peers, self.folder = device, clock, peers, folder
         self.how = clock.how
         self.rows: list[Row] = []
         self.notes: list[str] = []
-        self._repeats, self._tell = repeats, tell
+        self.repeats, self._tell, self._keep = repeats, tell, keep
 
     def compare(
         self,
@@ -47,29 +49,44 @@ class Stand:
         reference: Tensor | str | None = None,
         repeats: int = MANY,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
+        memory: bool = False,
     ) -> dict[str, float]:
         """Time contenders in turns and keep a row for each, with its error against `reference` where that is given.
 
         contenders: who -> a call that returns its result, a tensor shaped like the reference, or nothing to compare.
         reference: what the result should be, or whose result is taken for it, where that one takes part.
         Peers that this run leaves out (by their key, before the first blank) are passed over. facts: who -> further
-        values. Returns who -> the milliseconds that count.
+        values. memory: keep `peak_mb`, too, the most that a call takes on the GPU beyond what was taken before (10^6
+        bytes). A contender that fails has a row with its reason under `outcome`. Returns who -> the milliseconds that
+        count, of those that did not.
         """
         taken = {who: work for who, work in contenders.items() if self.wants(who)}
         self._tell(f"{row}: {', '.join(taken)}")
-        timings, outcomes = interleave(taken, self.clock, repeats=self._repeats or repeats)
+        peaks: dict[str, float] = {}
+        if memory and self.device.type == "cuda":
+            taken = {who: _watched(who, work, peaks) for who, work in taken.items()}
+        found = interleave(taken, self.clock, repeats=self.repeats or repeats)
         if isinstance(reference, str):
-            reference = outcomes.get(reference)
-        for who, timing in timings.items():
-            values: dict[str, Value] = dict(timing.values(self.clock.headline))
-            if reference is not None and outcomes[who] is not None:
-                values["error"] = float(f"{relative_error(outcomes[who], reference):.3g}")
+            reference = found.results.get(reference)
+        for who in taken:
+            values: dict[str, Value] = {}
+            if who in found.failures:
+                self._tell(f"{row}: {who} failed, {found.failures[who]}")
+                values["outcome"] = found.failures[who]
+            else:
+                values |= found.timings[who].values(self.clock.headline)
+                if reference is not None and found.results[who] is not None:
+                    values["error"] = float(f"{relative_error(found.results[who], reference):.3g}")
+                if who in peaks:
+                    values["peak_mb"] = peaks[who]
             self.rows.append(Row(row, who, values | dict((facts or {}).get(who, {}))))
-        return {who: getattr(timing, self.clock.headline) for who, timing in timings.items()}
+        self._keep(self)
+        return {who: getattr(timing, self.clock.headline) for who, timing in found.timings.items()}
 
     def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:
         """Keep what was measured otherwise."""
         self.rows.append(Row(row, who, dict(values)))
+        self._keep(self)
 
     def count(self, work: Callable[[], Any]) -> Counts:
         return count(work)
@@ -83,6 +100,28 @@ class Stand:
         """Keep a sentence about the run, such as why a contender is missing."""
         self._tell(text)
         self.notes.append(text)
+
+
+def _watched(who: str, work: Callable[[], Any], peaks: dict[str, float]) -> Callable[[], Any]:
+    """The same work, its first two calls measured; the second counts, as the first makes what is kept afterwards."""
+    import torch
+
+    calls = 0
+
+    def watched() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            return work()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = work()
+        torch.cuda.synchronize()
+        peaks[who] = round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+        return result
+
+    return watched
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

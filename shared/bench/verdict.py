@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.bench.card import label
+from shared.bench.floors import Find
 from shared.bench.goals import Check, Goal, Hardware
 from shared.bench.machine import Machine
 from shared.bench.results import Record, Results
+
+# (machine, case) -> its newest record.
+Newest = dict[tuple[str, str], tuple[Machine, Record]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,20 +35,23 @@ def judge(goal: Goal, results: Sequence[Results]) -> Verdict:
     """By the latest run that has the goal's figure."""
     if goal.check is None:
         return Verdict(goal=goal)
-    runs = sorted(_runs(goal.check, goal.hardware, results), key=lambda run: run[1].date)
+    check = goal.check
+    newest = latest(results)
+    runs = sorted(_runs(check, goal.hardware, results, newest), key=lambda run: run[1].date)
     if not runs:
         return Verdict(goal=goal)
     machine, record = runs[-1]
-    check = goal.check
-    value = _value(check, record)
-    assert value is not None  # _runs keeps no others
+    value = _value(check, record, _finder(machine, newest))
+    if value is None:  # it was tried, and failed
+        outcome = str(record.find(check.row, check.who)["outcome"])
+        return Verdict(goal=goal, ours=outcome, met=False, record=record, machine=machine)
     earliest = next(r for m, r in runs if m.slug == machine.slug)
-    before = _value(check, earliest)
+    before = _value(check, earliest, _finder(machine, newest))
     is_first = earliest.date == record.date
     return Verdict(
         goal=goal,
         ours=_figure(value, check.unit) + _absolute(check, check.row, check.who, record),
-        peer=_absolute(check, check.versus_row or check.row, check.versus, record, named=True) if check.versus else "",
+        peer=_other(check, record, _finder(machine, newest)),
         first="" if before is None or is_first else _figure(before, check.unit),
         met=value <= check.bound if check.at_most else value >= check.bound,
         record=record,
@@ -52,9 +59,9 @@ def judge(goal: Goal, results: Sequence[Results]) -> Verdict:
     )
 
 
-def latest(results: Sequence[Results]) -> dict[tuple[str, str], tuple[Machine, Record]]:
+def latest(results: Sequence[Results]) -> Newest:
     """(machine, case) -> its newest record."""
-    found: dict[tuple[str, str], tuple[Machine, Record]] = {}
+    found: Newest = {}
     for result in results:
         for case, record in result.cases.items():
             key = (result.machine.slug, case)
@@ -63,19 +70,46 @@ def latest(results: Sequence[Results]) -> dict[tuple[str, str], tuple[Machine, R
     return found
 
 
-def _runs(check: Check, hardware: Hardware, results: Sequence[Results]) -> list[tuple[Machine, Record]]:
+def _runs(
+    check: Check,
+    hardware: Hardware,
+    results: Sequence[Results],
+    newest: Newest,
+) -> list[tuple[Machine, Record]]:
+    """The runs that have the figure, or tell that there is none to be had."""
     if hardware == "CPU" or check.case.startswith("C"):
         fitting = list(results)
     else:
         fitting = [r for r in results if r.machine.gpu and (hardware == "GPU" or hardware in r.machine.gpu)]
     records = [(r.machine, r.cases[check.case]) for r in fitting if check.case in r.cases]
-    return [(machine, record) for machine, record in records if _value(check, record) is not None]
+    return [
+        (machine, record)
+        for machine, record in records
+        if _value(check, record, _finder(machine, newest)) is not None or "outcome" in record.find(check.row, check.who)
+    ]
 
 
-def _value(check: Check, record: Record) -> float | None:
+def _finder(machine: Machine, newest: Newest) -> Find:
+    """Finds the newest record of a case on this machine."""
+
+    def find(case: str) -> Record | None:
+        found = newest.get((machine.slug, case))
+        return found[1] if found else None
+
+    return find
+
+
+def _value(check: Check, record: Record, find: Find) -> float | None:
     ours = _number(check, record, check.row, check.who)
-    if ours is None or not check.versus:
-        return None if ours is None else ours * check.scale
+    if ours is None:
+        return None
+    if check.floor is not None:
+        floor = check.floor.ms(find, record.find(check.row, check.who))
+        if not ours or floor is None:
+            return None
+        return ours * check.scale / floor if check.inverse else 100 * floor / (ours * check.scale)
+    if not check.versus:
+        return ours * check.scale
     other = _number(check, record, check.versus_row or check.row, check.versus)
     if not ours or not other:
         return None
@@ -89,8 +123,20 @@ def _number(check: Check, record: Record, row: str, who: str) -> float | None:
     return float(values[check.key]) / (float(values[check.per]) if check.per else 1)
 
 
+def _other(check: Check, record: Record, find: Find) -> str:
+    """What ours is held against, in its own unit: a peer, or the floor by this machine's roofs."""
+    if check.floor is not None:
+        floor = check.floor.ms(find, record.find(check.row, check.who))
+        return f"{_figure(floor or 0.0, 'ms')} by {check.floor.roofs}'s rates"
+    if not check.versus:
+        return ""
+    return _absolute(check, check.versus_row or check.row, check.versus, record, named=True)
+
+
 def _absolute(check: Check, row: str, who: str, record: Record, named: bool = False) -> str:
     """The figure behind a quotient, in its own unit."""
+    if check.floor is not None:
+        return f" ({_figure((_number(check, record, row, who) or 0.0) * check.scale, 'ms')})"
     if not check.versus or check.per:
         return ""
     unit = {"ms": "ms", "seconds": "s", "cpu_seconds": "CPU s"}.get(check.key, check.key)

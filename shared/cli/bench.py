@@ -33,8 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="ID,ID", default="", help="models that B5, B6 and C4 draw with (default: the demo)"
     )
     parser.add_argument(
-        "--repeats", metavar="N", type=int, help="timed turns of each row (default: 10, fewer of slow ones)"
+        "--caps",
+        metavar="6,3.5",
+        default="",
+        help="caps on GPU memory for B5, GB of 10^9 bytes (default: ten, 1.5 to 24)",
     )
+    parser.add_argument(
+        "--repeats", metavar="N", type=int,
+        help="timed turns of each row, programs run for B5, B6, C4 (default: 10, fewer of slow ones)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", metavar="FILE", help="result file to merge into (default: one for this machine and day)"
     )
@@ -51,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def bench(ctx: AppContext, args: argparse.Namespace) -> int:
-    """Measure, or render what was measured; returns the exit code: 1 when a gated counter is not what it was."""
+    """Measure, or render what was measured; returns the exit code: 1 when a case failed or a gated counter changed."""
     from shared.bench import cases
     from shared.quant.errors import UserError
 
@@ -74,18 +81,23 @@ def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], p
     from shared.bench.run import Options, find_work, run_cases
 
     tell = (lambda text: print(text, file=sys.stderr, flush=True)) if args.verbose else (lambda text: None)
-    options = Options(
-        peers=peers, command=_command(args), root=ctx.root, repeats=args.repeats,
-        folder=Path(args.scratch) if args.scratch else None,
-    )  # fmt: skip
     presets = [name.strip() for name in (args.preset or DEFAULT_PRESET).split(",")]
     flags = [word for folder in vars(args).get("ckpts") or () for word in ("--ckpts", str(Path(folder).absolute()))]
-    work = find_work(ctx.families, ctx.root, presets, flags)
+    work = find_work(ctx.families, ctx.root, presets, flags, _caps(args.caps))
     machine = this_machine()
     path = Path(args.out) if args.out else results.default_path(machine, f"{datetime.now(UTC):%Y-%m-%d}")
+    results.read_own(path, machine)  # another machine's is refused before minutes are spent
+
+    def keep(record: Record) -> None:  # after each comparison, so that what follows cannot lose it
+        results.merge(path, machine, [record])
+
+    options = Options(
+        peers=peers, command=_command(args), root=ctx.root, repeats=args.repeats,
+        folder=Path(args.scratch) if args.scratch else None, keep=keep,
+    )  # fmt: skip
     records: list[Record] = []
     for record in run_cases(chosen, work, options, tell):
-        results.merge(path, machine, [record])  # after each, so that what follows cannot lose it
+        keep(record)
         records.append(record)
         if not args.json:
             print(card(record), flush=True)
@@ -93,7 +105,22 @@ def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], p
     for problem in problems:
         print(problem, file=sys.stderr)
     print(json.dumps(results.Results(machine, {r.case: r for r in records}).as_dict()), flush=True)
-    return _FAILED if problems else 0
+    return _FAILED if problems or not all(record.finished for record in records) else 0
+
+
+def _caps(text: str) -> Sequence[float]:
+    from shared.bench.programs import CAPS_GB
+    from shared.quant.errors import UserError
+
+    if not text:
+        return CAPS_GB
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        found = []
+    if not found or min(found) <= 0:
+        raise UserError(f"--caps {text}: gigabytes are needed, such as 6,3.5,1.5.")
+    return found
 
 
 def _render(root: Path) -> int:
@@ -110,5 +137,6 @@ def _render(root: Path) -> int:
 
 def _command(args: argparse.Namespace) -> str:
     """What to type to measure the same again."""
-    flags = {"--cases": args.cases, "--peers": args.peers, "--preset": args.preset, "--repeats": args.repeats}
+    names = ("cases", "peers", "preset", "caps", "repeats")
+    flags = {f"--{name}": getattr(args, name) for name in names}
     return "python wgp.py bench " + " ".join(f'{flag} "{value}"' for flag, value in flags.items() if value)

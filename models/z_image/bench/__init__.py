@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from models.z_image.bench import blocks, counting, forwards, loras, opening, pictures, roofs, stages
+from models.z_image.bench import blocks, counting, forwards, loras, opening, peer_program, pictures, roofs, stages
 from models.z_image.bench.stand import Stand
 from models.z_image.bench.streamed import variants
 
@@ -31,6 +31,13 @@ CASES: Mapping[str, Callable[[Stand], None]] = {
     "C8": stages.text_on_cpu,
     "C9": stages.decode_on_cpu,
     "C10": loras.on_cpu,
+}
+
+# Diffusers' whole program, for the cases that start processes.
+PEER_PROGRAM = {
+    "module": "models.z_image.bench.peer_program",
+    "whole": peer_program.WHOLE,
+    "offloading": [place for place in peer_program.PLACES if place != peer_program.WHOLE],
 }
 
 # Kinds of weight for the simulation of streaming: bytes of each block, GPU -> milliseconds of computing.

@@ -45,7 +45,7 @@ def on_cpu(stand: Stand, config: TransformerConfig | None = None) -> None:
     contenders = {"ours int8": twins.our_forward(int8, given), "ours bf16": twins.our_forward(both.ours, given)}
     contenders["P1"] = twins.their_forward(both.theirs, given)
     if stand.wants("P3"):
-        contenders["P3"] = twins.their_forward(quanto_int8(both.theirs), given)
+        contenders["P3"] = _changed(quanto_int8, both, given)
     contenders["raw int8"] = _raw_int8(both.config, given)
     _measure(stand, "int8, 1024 tokens", contenders, reference, both, {"ours int8": int8})
 
@@ -57,7 +57,7 @@ def on_cpu(stand: Stand, config: TransformerConfig | None = None) -> None:
         "ours int8": twins.our_forward(int8, given),
     }
     if stand.wants("P7"):
-        contenders["P7"] = twins.their_forward(comfy_nvfp4(both.theirs), given)
+        contenders["P7"] = _changed(comfy_nvfp4, both, given)
     kinds = {"ours nvfp4": nvfp4, "ours int4 r128": int4, "ours int8": int8}
     _measure(stand, "4-bit, 1024 tokens", contenders, reference, both, kinds)
     del nvfp4, int4
@@ -82,14 +82,19 @@ def on_gpu(stand: Stand, config: TransformerConfig | None = None, side: int = 10
             contenders: dict[str, Callable[[], Any]] = {who: twins.our_forward(model, given)}
             contenders["ours bf16"] = twins.our_forward(both.ours, given)
             if kind == "int8" and stand.wants("P3"):
-                contenders["P3"] = twins.their_forward(quanto_int8(both.theirs), given)
+                contenders["P3"] = _changed(quanto_int8, both, given)
+            if kind == "fp8_scaled" and stand.wants("P4"):
+                contenders["P4"] = _changed(dynamic_fp8, both, given)
+                if stand.wants("P2"):
+                    contenders["P4 compiled"] = _changed(lambda m: forwards.compiled(dynamic_fp8(m)), both, given)
             if kind == "nvfp4" and stand.wants("P7"):
-                contenders["P7"] = twins.their_forward(comfy_nvfp4(both.theirs), given)
+                contenders["P7"] = _changed(comfy_nvfp4, both, given)
             _measure(
                 stand, f"{who.removeprefix('ours ')}, {side}x{side}", contenders, reference, both, {who: model}, given
             )
             del model, contenders
-            torch.cuda.empty_cache()
+            if stand.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def quanto_int8(theirs: Any) -> Any:
@@ -102,14 +107,46 @@ def quanto_int8(theirs: Any) -> Any:
     return model
 
 
+def dynamic_fp8(theirs: Any) -> Any:
+    """diffusers' network whose blocks' linears multiply FP8: weights by rows, activations by tokens at every call.
+
+    What torchao's dynamic FP8 does with rows as its granularity, by the same product of torch.
+    """
+    return _with_linears(theirs, _DynamicFp8)
+
+
 def comfy_nvfp4(theirs: Any) -> Any:
     """diffusers' network whose blocks' linears are expanded from NVFP4 by comfy-kitchen at every call."""
-    model = copy.deepcopy(theirs)
+    return _with_linears(theirs, _ExpandedAtEveryCall)
+
+
+def _with_linears(theirs: Any, kind: Callable[[nn.Linear], nn.Module]) -> Any:
+    """The network with others in place of its blocks' linears, all else shared."""
+    model = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and (".attention." in name or ".feed_forward." in name):
             owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, _ExpandedAtEveryCall(module))
+            setattr(model.get_submodule(owner), attribute, kind(module))
     return model
+
+
+class _DynamicFp8(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.codes, scale = _rows_to_fp8(linear.weight.detach())
+        self.scale = scale.t().contiguous()
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        codes, scale = _rows_to_fp8(rows)
+        found = torch._scaled_mm(codes, self.codes.t(), scale_a=scale, scale_b=self.scale, out_dtype=x.dtype)
+        return found.reshape(*x.shape[:-1], -1)
+
+
+def _rows_to_fp8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes in E4M3, scales (rows, 1) float32)."""
+    scale = matrix.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return (matrix.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 class _ExpandedAtEveryCall(nn.Module):
@@ -128,6 +165,10 @@ class _ExpandedAtEveryCall(nn.Module):
         return F.linear(x, weight)
 
 
+def _changed(change: Callable[[Any], Any], both: Twins, given: Scene) -> Callable[[], Tensor]:
+    return twins.lazily(lambda: twins.their_forward(change(both.theirs), given))
+
+
 def _plain(stand: Stand, both: Twins, given: Scene) -> dict[str, Callable[[], Any]]:
     found: dict[str, Callable[[], Any]] = {
         "ours": twins.our_forward(both.ours, given),
@@ -135,7 +176,7 @@ def _plain(stand: Stand, both: Twins, given: Scene) -> dict[str, Callable[[], An
         "raw": twins.raw(both.ours, given),
     }
     if stand.wants("P2"):
-        found["P2"] = twins.their_forward(forwards.compiled(both.theirs), given)
+        found["P2"] = _changed(forwards.compiled, both, given)
     return found
 
 

@@ -78,7 +78,7 @@ def _forwards(stand: Stand, both: Twins, given: Scene) -> dict[str, Callable[[],
         "raw": twins.raw(both.ours, given),
     }
     if stand.wants(_COMPILED):
-        found[_COMPILED] = twins.their_forward(compiled(both.theirs), given)
+        found[_COMPILED] = twins.lazily(lambda: twins.their_forward(compiled(both.theirs), given))
     return found
 
 

@@ -82,7 +82,7 @@ def _overhead(stand: Stand, both: twins.Twins, *, width: int, height: int, capti
         reference = contenders["ours with LoRA"]()
     taken = stand.compare(f"rank {RANK}, {row}", contenders, reference=reference, repeats=_REPEATS)
     for who in ("ours", "P1"):
-        if who in taken:
+        if {who, f"{who} with LoRA"} <= taken.keys():
             added = taken[f"{who} with LoRA"] / taken[who] - 1
             stand.record(f"rank {RANK}, {row}", f"{who}: added by the LoRA", {"percent": round(100 * added, 2)})
 

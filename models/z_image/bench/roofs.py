@@ -37,16 +37,24 @@ def cpu(stand: Stand) -> None:
     stand.compare("copy, 134 MB", {"raw": lambda: target.copy_(source)}, facts={"raw": {"gb": 2 * 2**27 / 1e9}})
 
 
-def gpu(stand: Stand) -> None:
-    """Products at the real shapes, attention by every backend torch has, copies on and to the device, launches."""
+def gpu(
+    stand: Stand,
+    lengths: tuple[int, ...] = (1152, 4224, 16512),
+    layers: tuple[tuple[int, int], ...] = LAYERS,
+    copied: int = 2**29,
+) -> None:
+    """Products at the real shapes, attention by every backend torch has, copies on and to the device, launches.
+
+    copied: bytes, at most.
+    """
     device = stand.device
-    for tokens in (1152, 4224, 16512):
-        for outputs, inputs in LAYERS:
+    for tokens in lengths:
+        for outputs, inputs in layers:
             x = torch.randn(tokens, inputs, device=device)
             weight = torch.randn(outputs, inputs, device=device)
             flops = 2.0 * tokens * outputs * inputs
             contenders = {"raw bf16": _product(x.bfloat16(), weight.bfloat16()), "raw int8": _int8_product(x, weight)}
-            if torch.cuda.get_device_capability(device) >= (8, 9):
+            if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9):
                 contenders["raw fp8"] = _fp8_product(x, weight)
             facts = {who: {"gflop": flops / 1e9} for who in contenders}
             stand.compare(f"{tokens} x {outputs} x {inputs}", contenders, facts=facts)
@@ -56,26 +64,25 @@ def gpu(stand: Stand) -> None:
         stand.compare(f"attention, {tokens} tokens", attentions, facts=dict.fromkeys(attentions, flops_of))
     vector, weight = torch.randn(1, ADALN[1], device=device).bfloat16(), torch.randn(*ADALN, device=device).bfloat16()
     stand.compare("1 x 15360 x 256", {"raw bf16": _product(vector, weight)})
-    _copies(stand)
+    _copies(stand, copied)
     small = torch.zeros(1, device=device)
     launches = 1000
     began = time.perf_counter()
     for _ in range(launches):
         small.add_(1)
-    torch.cuda.synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     per_second = launches / (time.perf_counter() - began)
     stand.record("launches", "raw", {"launches_per_s": round(per_second)})
 
 
-def _copies(stand: Stand) -> None:
-    size = 2**29
+def _copies(stand: Stand, size: int) -> None:
     on_device = torch.empty(size, dtype=torch.uint8, device=stand.device)
     twin = torch.empty_like(on_device)
-    stand.compare(
-        "copy on the device, 537 MB", {"raw": lambda: twin.copy_(on_device)}, facts={"raw": {"gb": 2 * size / 1e9}}
-    )
-    for megabytes in (16, 64, 512):
-        pinned = torch.empty(megabytes * 2**20, dtype=torch.uint8, pin_memory=True)
+    facts = {"raw": {"gb": 2 * size / 1e9}}
+    stand.compare(f"copy on the device, {size / 1e6:.0f} MB", {"raw": lambda: twin.copy_(on_device)}, facts=facts)
+    for megabytes in sorted({min(some, size // 2**20) for some in (16, 64, 512)}):
+        pinned = torch.empty(megabytes * 2**20, dtype=torch.uint8, pin_memory=stand.device.type == "cuda")
         part = on_device[: pinned.numel()]
         ways: dict[str, Callable[[], Tensor]] = {
             "raw up": partial(part.copy_, pinned, non_blocking=True),
@@ -111,7 +118,9 @@ def _attentions(q: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The backends of torch that take this input on this device, by name."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backends = {"raw flash": SDPBackend.FLASH_ATTENTION, "raw cudnn": SDPBackend.CUDNN_ATTENTION}
+    backends = {"raw flash": SDPBackend.FLASH_ATTENTION}
+    if q.is_cuda:
+        backends["raw cudnn"] = SDPBackend.CUDNN_ATTENTION
     found: dict[str, Callable[[], Tensor]] = {}
     for who, backend in backends.items():
 

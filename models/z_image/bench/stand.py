@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +24,30 @@ class Counts(Protocol):
     def gated(self) -> dict[str, int]: ...
 
 
+class Row(Protocol):
+    """A contender's figures in one comparison."""
+
+    @property
+    def row(self) -> str: ...
+    @property
+    def who(self) -> str: ...
+    @property
+    def values(self) -> Mapping[str, Value]: ...
+
+
 class Stand(Protocol):
     """device: where to compute. peers: keys of the peers this run wants. folder: for files, emptied afterwards.
 
-    how: the way figures are taken, in words.
+    how: the way figures are taken, in words. rows: what came out so far.
     """
 
     device: torch.device
     peers: frozenset[str]
     folder: Path
     how: str
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
 
     def compare(
         self,
@@ -43,10 +57,12 @@ class Stand(Protocol):
         reference: Tensor | str | None = None,
         repeats: int = 10,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
+        memory: bool = False,
     ) -> dict[str, float]:
         """Time them in turns; one row each, with the error of what they return against the reference: who -> ms.
 
-        reference: a result, or whose result it is.
+        reference: a result, or whose result it is. memory: keep the most that a call takes on the GPU. Who fails has a
+        row that says why, and is not in what is returned.
         """
 
     def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from models.z_image.config import TransformerConfig
 from models.z_image.cuda_graph import GraphedForwards
 from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
 from models.z_image.keys import diffusers_names, split_parameter
+from models.z_image.noise import NoiseSource
 from models.z_image.pipeline import ZImagePipeline
 from models.z_image.prediction import Predictor, Prompts
 from models.z_image.request import GenerateRequest
@@ -161,14 +162,25 @@ def their_forward(theirs: Any, given: Scene, *, at: int = 3, steps: int = TURBO_
     return forward
 
 
-def our_loop(ours: ZImageTransformer, given: Scene, steps: int = TURBO_STEPS) -> Callable[[], Tensor]:
-    """All steps of a picture, from noise to latents, the prompt being encoded already."""
+def our_loop(
+    ours: ZImageTransformer,
+    given: Scene,
+    steps: int = TURBO_STEPS,
+    *,
+    negative: Tensor | None = None,
+    **settings: Any,
+) -> Callable[[], Tensor]:
+    """All steps of a picture, from noise to latents, the prompt being encoded already.
+
+    negative: the negative prompt's features. settings: of the GenerateRequest besides.
+    """
     pipeline = ZImagePipeline(ours, no_encoder(), None, given.latents.device)
     pipeline.recordings = _recordings(ours, given.latents.device)
-    request, features = _request(given, steps), given.features.to(ours.dtype)
+    request, features = replace(_request(given, steps), **settings), given.features.to(ours.dtype)
+    against = None if negative is None else negative.to(ours.dtype)
 
     def loop() -> Tensor:
-        *_, last = pipeline.denoise(request, features)
+        *_, last = pipeline.denoise(request, features, against)
         return last.latents
 
     return loop
@@ -189,28 +201,55 @@ def no_encoder() -> TextEncoder:
     return TextEncoder(nn.Identity(), tokenizer)
 
 
-def their_loop(theirs: Any, given: Scene, steps: int = TURBO_STEPS) -> Callable[[], Tensor]:
+def their_loop(
+    theirs: Any,
+    given: Scene,
+    steps: int = TURBO_STEPS,
+    *,
+    shift: float = 3.0,
+    guidance: float = 0.0,
+    negative: Tensor | None = None,
+) -> Callable[[], Tensor]:
     """The same by diffusers' pipeline, from the same noise."""
     from diffusers import FlowMatchEulerDiscreteScheduler
     from diffusers import ZImagePipeline as TheirPipeline
 
-    from models.z_image.noise import NoiseSource
-
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False)
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift, use_dynamic_shifting=False)
     pipeline = TheirPipeline(scheduler, None, None, None, theirs)
     pipeline.set_progress_bar_config(disable=True)
-    request = _request(given, steps)
-    noise = NoiseSource(request.seeds, tuple(given.latents.shape[1:])).start().to(given.latents.device)  # type: ignore[arg-type]
-    features = [given.features.to(next(theirs.parameters()).dtype)]
+    request, noise = _request(given, steps), noise_of(given)
+    dtype = next(theirs.parameters()).dtype
+    features = [given.features.to(dtype)]
+    against = None if negative is None else [negative.to(dtype)]
 
     def loop() -> Tensor:
         answer = pipeline(
-            height=request.height, width=request.width, num_inference_steps=steps, guidance_scale=0.0,
-            prompt_embeds=features, latents=noise.clone(), output_type="latent", return_dict=False,
+            height=request.height, width=request.width, num_inference_steps=steps, guidance_scale=guidance,
+            prompt_embeds=list(features), negative_prompt_embeds=against and list(against), latents=noise.clone(),
+            output_type="latent", return_dict=False,
         )  # fmt: skip
         return answer[0].float()
 
     return loop
+
+
+def noise_of(given: Scene) -> Tensor:
+    """The noise that our loop starts from, on the device."""
+    shape = tuple(given.latents.shape[1:])
+    noise = NoiseSource(_request(given, 1).seeds, shape).start()  # type: ignore[arg-type]
+    return noise.to(given.latents.device)
+
+
+def lazily(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
+    """A contender that is made when it is first called: one whose library fails then fails alone."""
+    made: list[Callable[[], Tensor]] = []
+
+    def call() -> Tensor:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
 
 
 def raw(ours: ZImageTransformer, given: Scene) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from shared.bench.measure import CpuClock, CudaClock, Timing, interleave
+from shared.bench.measure import CpuClock, CudaClock, Timing, interleave, reason_of
 
 
 def test_contenders_take_turns_forth_and_back(clock: Any) -> None:
@@ -23,10 +23,24 @@ def test_contenders_take_turns_forth_and_back(clock: Any) -> None:
 def test_warm_ups_are_not_timed_and_their_first_result_is_kept(clock: Any) -> None:
     answers = iter(range(100))
 
-    timings, results = interleave({"A": lambda: next(answers)}, clock, repeats=2, warm_ups=3)
+    found = interleave({"A": lambda: next(answers)}, clock, repeats=2, warm_ups=3)
 
-    assert results == {"A": 0}
-    assert timings["A"].ms == (1.0, 2.0)
+    assert found.results == {"A": 0}
+    assert found.timings["A"].ms == (1.0, 2.0)
+    assert found.failures == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GB", "out of memory"),
+        ("MemoryError: ", "out of memory"),
+        ("\n  RuntimeError: no\nmore", "RuntimeError: no"),
+        ("", "no reason given"),
+    ],
+)
+def test_a_failure_is_told_in_a_few_words(text: str, reason: str) -> None:
+    assert reason_of(text) == reason
 
 
 def test_few_repeats_are_slow_rows_and_warm_up_once(clock: Any) -> None:

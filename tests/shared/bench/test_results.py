@@ -37,6 +37,24 @@ def test_a_later_run_takes_its_cases_place_and_leaves_the_others(
     }  # fmt: skip
 
 
+def test_what_was_cut_short_takes_no_finished_ones_place_unless_it_has_more(
+    tmp_path: Path, machine: Machine, record: Record
+) -> None:
+    cut = replace(record, commit="cut", finished=False)
+    path = tmp_path / "r.json"
+
+    def kept(given: Record) -> str:
+        merge(path, machine, [given])
+        return read(path).cases["C1"].commit
+
+    assert kept(cut) == "cut"
+    assert kept(replace(cut, commit="longer")) == "longer"
+    assert kept(record) == record.commit
+    assert kept(replace(cut, rows=record.rows[:1])) == record.commit
+    assert kept(replace(cut, rows=record.rows * 2)) == "cut"
+    assert [file.name for file in tmp_path.iterdir()] == ["r.json"], "nothing half-written is left"
+
+
 def test_another_machines_file_is_left_alone(tmp_path: Path, machine: Machine, record: Record) -> None:
     merge(tmp_path / "r.json", machine, [record])
 

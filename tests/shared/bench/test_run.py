@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,35 @@ def test_what_was_measured_before_an_interrupt_is_kept(options: Options) -> None
     assert record.notes == ("Interrupted after 1 figures; the rest was not measured.",)
     with pytest.raises(KeyboardInterrupt):
         next(records)
+
+
+def test_a_case_that_fails_is_told_and_leaves_the_next_its_turn(
+    options: Options, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(stand: Stand) -> None:
+        stand.record("first", "ours", {"ms": 1.0})
+        raise RuntimeError("CUDA error: an illegal memory access\nand more")
+
+    cases = [CPU_CASE, replace(CPU_CASE, id="C2")]
+    failed, done = run_cases(cases, {"C1": fails, "C2": lambda stand: None}, options)
+
+    assert [row.row for row in failed.rows] == ["first"]
+    reason = "RuntimeError: CUDA error: an illegal memory access"
+    assert failed.notes == (f"Failed after 1 figures ({reason}); the rest was not measured.",)
+    assert (failed.finished, done.finished) == (False, True)
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_a_case_has_measured_is_kept_while_it_runs(options: Options) -> None:
+    kept: list[tuple[int, bool]] = []
+
+    def work(stand: Stand) -> None:
+        stand.compare("first", {"ours": lambda: None})
+        stand.record("second", "ours", {"ms": 1.0})
+
+    list(run_cases([CPU_CASE], {"C1": work}, replace(options, keep=lambda r: kept.append((len(r.rows), r.finished)))))
+
+    assert kept == [(1, False), (2, False)]
 
 
 def test_the_folder_is_gone_afterwards(options: Options) -> None:

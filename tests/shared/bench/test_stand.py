@@ -32,6 +32,48 @@ def test_peers_that_a_run_leaves_out_are_not_called(stand: Stand) -> None:
     assert [row.who for row in stand.rows] == ["ours"]
 
 
+def test_a_contender_that_fails_says_why_and_the_others_go_on(stand: Stand) -> None:
+    turns = iter(range(9))
+
+    def late() -> None:
+        if next(turns) == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20 GB")
+
+    def never() -> None:
+        raise ValueError("no such kernel\n\nstack")
+
+    taken = stand.compare("a row", {"ours": lambda: None, "P1": never, "ours late": late}, reference="P1",
+                          facts={"P1": {"tokens": 7}})  # fmt: skip
+
+    assert set(taken) == {"ours"}
+    values = {row.who: row.values for row in stand.rows}
+    assert values["P1"] == {"outcome": "ValueError: no such kernel", "tokens": 7}
+    assert values["ours late"] == {"outcome": "out of memory"}
+    assert "ms" in values["ours"] and "error" not in values["ours"]
+
+
+def test_memory_is_what_the_second_call_takes(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"now": 100, "most": 0}
+    for name, answer in {
+        "synchronize": lambda: None,
+        "reset_peak_memory_stats": lambda: memory.update(most=memory["now"]),
+        "memory_allocated": lambda: memory["now"],
+        "max_memory_allocated": lambda: memory["most"],
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    stand.device = torch.device("cuda")
+    calls = iter([(3e9, 2e9), (1.5e9, 0), (1.5e9, 0)])  # the first keeps 2 GB
+
+    def work() -> None:
+        at_once, kept = next(calls)
+        memory["most"] = max(memory["most"], memory["now"] + at_once)
+        memory["now"] += kept
+
+    stand.compare("a row", {"ours": work}, memory=True, repeats=2)
+
+    assert stand.rows[0].values["peak_mb"] == 1500.0
+
+
 def test_names_of_ours_are_no_peers(stand: Stand) -> None:
     assert stand.wants("ours int8")
     assert stand.wants("raw")

@@ -69,6 +69,27 @@ def test_json_alone_is_one_line(ctx: Any, tmp_path: Path, capsys: pytest.Capture
     assert [row["who"] for row in json.loads(line)["cases"]["C1"]["rows"]] == ["ours", "P1", "P2"]
 
 
+def test_a_case_that_fails_fails_the_run_and_the_others_are_kept(
+    ctx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "figures.json"
+
+    def fails(stand: Stand) -> None:
+        stand.record("first", "ours", {"ms": 1.0})
+        assert [row.row for row in read(out).cases["C1"].rows] == ["first"], "kept at once"
+        raise RuntimeError("a bug")
+
+    work = {"C1": fails, "C7": lambda stand: stand.record("one forward", "ours", {"ops": 1})}
+    monkeypatch.setattr(run, "find_work", lambda *args: work)
+    monkeypatch.setattr(gates, "PATH", tmp_path / "gates.json")
+
+    assert command.bench(ctx, flags("--cases", "C1,C7", "--json", "--out", str(out))) == 1
+
+    found = read(out).cases
+    assert found["C1"].notes == ("Failed after 1 figures (RuntimeError: a bug); the rest was not measured.",)
+    assert found["C7"].finished
+
+
 def test_a_gated_counter_that_changed_fails_the_run(
     ctx: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -154,20 +154,25 @@ def test_every_format_runs_in_the_case_for_gpus(stand: Stand) -> None:
 
 
 def test_a_whole_picture_and_its_stages(stand: Stand) -> None:
-    pictures.warm(stand, SMALL, QWEN3, VAE, (64,), 2)
+    pictures.warm(stand, SMALL, QWEN3, VAE, (64,), 2, varied=64, base_steps=2)
 
     assert errors(stand)["64x64", "ours"] < 0.1, "8 steps in bf16"
     assert [row.who for row in stand.rows if row.row == "64x64, stages"] == [
         "ours text", "ours denoise", "ours decode", "ours rest",
     ]  # fmt: skip
+    varied = {row: error for (row, who), error in errors(stand).items() if row.startswith("64x64, ") and who == "ours"}
+    assert set(varied) == {
+        "64x64, Base, 2 steps, guided", "64x64, 1 LoRA of rank 32", "64x64, 3 LoRAs of rank 32", "64x64, ControlNet",
+    }  # fmt: skip
+    assert max(varied.values()) < BF16, "guidance, LoRAs and the control picture are the same on both sides"
 
 
 def test_growth_is_a_line_through_the_measured_points(stand: Stand) -> None:
-    pictures.growth(stand, SMALL, (64, 96, 128))
+    pictures.growth(stand, SMALL, ((64, 1), (96, 1), (64, 2)))
 
     fits = {row.who: row.values for row in stand.rows if row.row == "fit"}
     assert set(fits) == {"ours", "P1"}
-    assert pictures._line((1.0, 2.0, 3.0), (5.0, 7.0, 9.0)) == pytest.approx((3.0, 2.0))
+    assert pictures._line([(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]) == pytest.approx((3.0, 2.0))
 
 
 @pytest.mark.parametrize("layout", ["official", "diffusers"])
