@@ -22,6 +22,8 @@ from shared.quant.errors import RunError, UserError
 if TYPE_CHECKING:
     from PIL import Image
 
+    from shared.app.presets import Preset
+
 FORMATS: Mapping[str, str] = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 """File ending -> Pillow's name of the format; the formats that can carry a record."""
 
@@ -39,12 +41,8 @@ _LOSSY_QUALITY = 95  # Wan2GP's default for JPEG
 
 def build_record(
     settings_record: Mapping[str, Any],
+    preset: Preset,
     *,
-    defaults: Mapping[str, Any],
-    preset_id: str,
-    preset_name: str,
-    architecture: str,
-    model_def: Mapping[str, Any],
     model_filename: str,
     modules: Sequence[str] = (),
     generation_seconds: float,
@@ -54,17 +52,16 @@ def build_record(
     """The JSON-able record of one picture, in Wan2GP's key names.
 
     settings_record: `GenerationSettings.as_record()` of this very picture (its own seed, batch_size 1).
-    defaults: the preset's own settings.
     model_filename, modules: the weights used, as base names or URLs. created: with or without a time zone.
     provenance: our own keys; kept apart under "provenance", which Wan2GP ignores.
     Settings without meaning for this picture are left out (`prune_settings`).
     """
-    record: dict[str, Any] = {"type": f"{RECORD_MARK} settings - {preset_name}"}
-    record |= prune_settings(settings_record, defaults, model_def)
+    record: dict[str, Any] = {"type": f"{RECORD_MARK} settings - {preset.name}"}
+    record |= prune_settings(settings_record, preset.settings, preset.model_def)
     record["settings_version"] = SETTINGS_VERSION
-    record["model_type"] = preset_id
-    if architecture != preset_id:
-        record["base_model_type"] = architecture
+    record["model_type"] = preset.id
+    if preset.architecture != preset.id:
+        record["base_model_type"] = preset.architecture
     record["model_filename"] = model_filename
     if modules:
         record["modules"] = list(modules)

@@ -268,11 +268,7 @@ class Run:
         provenance = self._account.provenance(plan, lossy, self._watch.notes)
         record = build_record(
             settings.as_record() | edit.keep_sources(self._ctx.output_folder),
-            defaults=plan.preset.settings,
-            preset_id=plan.preset.id,
-            preset_name=plan.preset.name,
-            architecture=plan.preset.architecture,
-            model_def=plan.preset.model_def,
+            plan.preset,
             model_filename=names["transformer"][0],
             modules=names["module"],
             generation_seconds=seconds,

@@ -15,13 +15,7 @@ from shared.app.host_keys import HOST_SETTING_KEYS, RECORD_KEYS
 from shared.app.loras import is_strength, parse_strength, split_strengths
 from shared.app.presets import LoraChoice, Preset, pair_loras
 from shared.app.sampling_settings import MAX_DRAWN_SEED, MAX_SEED, SamplingSettings, known_name
-from shared.app.schema import (
-    SETTING_KEYS,
-    closest_key,
-    describe,
-    require_setting,
-    unknown_key,
-)
+from shared.app.schema import SETTING_KEYS, closest_key, describe, require_setting, unknown_key
 from shared.quant.errors import UserError
 
 MAX_STEPS = 1000  # the schedule is defined on 1000 training steps
@@ -105,21 +99,12 @@ class GenerationSettings:
         _require_config(preset, asked.get("config"))
         unused = HOST_SETTING_KEYS - {"config"}
         notes += [f'"{key}" is a setting of Wan2GP without effect here.' for key in asked if key in unused]
-
         values = {
             key: require_setting("settings", key, merged[key]) for key in SETTING_KEYS if merged.get(key) is not None
         }
-        for key in ("prompt", "negative_prompt"):
-            _require_text(key, values[key])
-        for key, (lowest, highest) in _RANGES.items():
-            _require_range(key, values[key], lowest, highest)
-        width, height = parse_resolution(
-            values["resolution"], int(preset.model_def.get("vae_block_size", DEFAULT_BLOCK))
-        )
+        _require_values(preset, values)
+        width, height = parse_resolution(values["resolution"], _block(preset))
         batch_size = int(values["batch_size"])
-        _require_range(
-            "batch_size", batch_size, 1, int(preset.model_def.get("image_batch_size_max", DEFAULT_BATCH_MAX))
-        )
         seed = int(values["seed"])
         if seed < 0:
             seed = random.SystemRandom().randint(0, MAX_DRAWN_SEED)
@@ -130,10 +115,6 @@ class GenerationSettings:
         steps = len(sampling.sigmas) or samplers.steps_of(solver, int(values["num_inference_steps"]))
         if steps != values["num_inference_steps"] and "num_inference_steps" in asked:
             notes.append(f"There are {steps} steps: {'sigmas' if sampling.sigmas else 'sample_solver'} says so.")
-        if samplers.is_unified(solver) and not preset.model_def.get("unified_solver"):
-            notes.append(f'"sample_solver" {solver} is made for TwinFlow\'s weights, which {preset.id} does not have.')
-        if preset.model_def.get("NAG") and values["NAG_scale"] > 1 and values["guidance_scale"] > 1:
-            notes.append('"NAG_scale" has no effect together with a guidance_scale above 1.')
         loras, lora_notes = _lora_choices(values["activated_loras"], values["loras_multipliers"])
         return cls(
             prompt=values["prompt"],
@@ -158,7 +139,7 @@ class GenerationSettings:
             cfg_truncation=float(values["cfg_truncation"]),
             edit=EditSettings.build({**values, "video_prompt_type": merged.get("video_prompt_type")}),
             extra={key: value for key, value in merged.items() if key in HOST_SETTING_KEYS and value is not None},
-            notes=(*notes, *lora_notes),
+            notes=(*notes, *_ineffective(preset, values, solver), *lora_notes),
         )
 
     def for_image(self, index: int) -> GenerationSettings:
@@ -269,6 +250,31 @@ def loras_as_host_settings(loras: Sequence[LoraChoice]) -> dict[str, Any]:
         "activated_loras": [lora.file for lora in loras],
         "loras_multipliers": " ".join(lora.multiplier for lora in loras),
     }
+
+
+def _require_values(preset: Preset, values: Mapping[str, Any]) -> None:
+    """Raise UserError for the first value that is out of its range."""
+    for key in ("prompt", "negative_prompt"):
+        _require_text(key, values[key])
+    for key, (lowest, highest) in _RANGES.items():
+        _require_range(key, values[key], lowest, highest)
+    most = int(preset.model_def.get("image_batch_size_max", DEFAULT_BATCH_MAX))
+    _require_range("batch_size", int(values["batch_size"]), 1, most)
+
+
+def _block(preset: Preset) -> int:
+    """Pixels that sides are multiples of."""
+    return int(preset.model_def.get("vae_block_size", DEFAULT_BLOCK))
+
+
+def _ineffective(preset: Preset, values: Mapping[str, Any], solver: str) -> list[str]:
+    """What is asked for and does not suit the model or the rest, in words."""
+    notes = []
+    if samplers.is_unified(solver) and not preset.model_def.get("unified_solver"):
+        notes.append(f'"sample_solver" {solver} is made for TwinFlow\'s weights, which {preset.id} does not have.')
+    if preset.model_def.get("NAG") and values["NAG_scale"] > 1 and values["guidance_scale"] > 1:
+        notes.append('"NAG_scale" has no effect together with a guidance_scale above 1.')
+    return notes
 
 
 def _usable_saved(preset: Preset, saved: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:

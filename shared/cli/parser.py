@@ -90,6 +90,13 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser:
     """The flags of every subcommand and of the page, as a parent parser."""
     parser = argparse.ArgumentParser(add_help=False)
+    _add_folders(parser, families, lora_root)
+    _add_machine(parser)
+    _add_page(parser)
+    return parser
+
+
+def _add_folders(parser: argparse.ArgumentParser, families: Families, lora_root: str) -> None:
     folders = parser.add_argument_group("folders")
     folders.add_argument(
         "--ckpts",
@@ -113,6 +120,9 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         help="folder of wgp_config.json (default: the program's folder)",
     )
     folders.add_argument("--output-dir", metavar="DIR", default="", help="folder for pictures (default: outputs)")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--gpu", metavar="DEVICE", default="", help="device to use: cuda, mps or cpu (default: the best there is)"
@@ -174,6 +184,9 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
         default=1,
         help="0: errors only, 1: normal, 2: with tracebacks and details",
     )
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
     page = parser.add_argument_group("web page")
     page.add_argument(
         "--server-port",
@@ -190,7 +203,6 @@ def _common_flags(families: Families, lora_root: str) -> argparse.ArgumentParser
     )
     page.add_argument("--listen", action="store_true", help="serve on all addresses of this machine")
     page.add_argument("--open-browser", action="store_true", help="open the page in the browser")
-    return parser  # fmt: skip
 
 
 def _after_subcommand(common: argparse.ArgumentParser) -> argparse.ArgumentParser:

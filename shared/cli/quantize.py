@@ -21,6 +21,14 @@ _SHOWN_CHOICES = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that `quantize` takes."""
+    _add_formats(parser)
+    _add_calibration(parser)
+    _add_output(parser)
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    """The source, what becomes of its layers, and LoRAs on the way."""
     parser.add_argument("source", metavar="IN", help="a transformer: .safetensors, .gguf, an index, or a folder of one")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--format", metavar="F", help="int8, fp8_scaled, mxfp8, nvfp4, svdq_int4, svdq_fp4, int8_comfy, "
@@ -53,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="write OUT's stem + _lora.safetensors too: a LoRA of this rank that gives back some of what packing took",
     )
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Drawings before the conversion, and formats chosen by a size."""
     parser.add_argument(
         "--calibrate",
         metavar="N",
@@ -74,6 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="size of OUT for --recipe auto, such as 4.8GB or 12MB; the formats are chosen by what layers stand",
     )
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    """The new file, and the preset that is made for it."""
     parser.add_argument("--shard-size", metavar="SIZE", type=_bytes, default=0,
                         help="split OUT into files of at most this size, such as 5GB, with an index")  # fmt: skip
     parser.add_argument("--diffusers", action="store_true",

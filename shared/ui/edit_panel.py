@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_STRENGTH = 0.6  # for a picture without a mask, as `generate --image` has it
 _PAINT = "#e5484d"  # seen on dark and light pictures alike; only its opacity counts
 _CANVAS = (512, 512)  # pixels, while there is no picture; then it has the picture's own size
+_PLAIN: dict[str, Any] = {"buttons": []}  # a slider without the button that resets it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +59,12 @@ class EditPanel:
 
 def build_edit_panel() -> EditPanel:
     """Lay the panel out, closed; `edit_updates` fits it to a preset."""
+    return EditPanel(**_build_source(), **_build_second_pass(), **_build_control(), **_build_references())
+
+
+def _build_source() -> dict[str, Any]:
+    """The given picture, what of it is redrawn, and what is drawn around it."""
     usual = EditSettings()
-    plain: dict[str, Any] = {"buttons": []}
     with gr.Accordion("Draw from a picture", elem_id="edit", open=False) as group:
         editor = gr.ImageEditor(
             label="Paint what to redraw", elem_id="editor", type="pil", format="png", height=360,
@@ -68,11 +73,11 @@ def build_edit_panel() -> EditPanel:
         )  # fmt: skip
         denoising_strength = gr.Slider(
             0, 1, value=DEFAULT_STRENGTH, step=0.05, label="Denoising strength", elem_id="denoising-strength",
-            info="How much is drawn anew; in paint, 1 is usual.", **plain,
+            info="How much is drawn anew; in paint, 1 is usual.", **_PLAIN,
         )  # fmt: skip
         with gr.Row():
-            mask_expand = gr.Slider(-64, 64, value=usual.mask_expand, step=1, label="Grow the mask", **plain)
-            mask_feather = gr.Slider(0, 64, value=usual.mask_feather, step=1, label="Fade its edge", **plain)
+            mask_expand = gr.Slider(-64, 64, value=usual.mask_expand, step=1, label="Grow the mask", **_PLAIN)
+            mask_feather = gr.Slider(0, 64, value=usual.mask_feather, step=1, label="Fade its edge", **_PLAIN)
         inpaint_area = gr.Dropdown(
             label="Area", choices=[(words.capitalize(), name) for name, words in AREAS.items()],
             value=usual.inpaint_area, elem_id="inpaint-area",
@@ -86,17 +91,42 @@ def build_edit_panel() -> EditPanel:
             info="Pixels by side, or all=64.",
         )  # fmt: skip
         tile_scale = gr.Slider(
-            1, 4, value=usual.tile_scale, step=0.5, label="Enlarge it tile by tile", elem_id="tile-scale", **plain
+            1, 4, value=usual.tile_scale, step=0.5, label="Enlarge it tile by tile", elem_id="tile-scale", **_PLAIN
         )
+    return {
+        "group": group,
+        "editor": editor,
+        "denoising_strength": denoising_strength,
+        "mask_expand": mask_expand,
+        "mask_feather": mask_feather,
+        "inpaint_area": inpaint_area,
+        "image_fit": image_fit,
+        "outpaint": outpaint,
+        "tile_scale": tile_scale,
+    }
+
+
+def _build_second_pass() -> dict[str, Any]:
+    """The drawing over an enlarged picture."""
+    usual = EditSettings()
     with gr.Accordion("Second pass", elem_id="hires", open=False):
         hires_scale = gr.Slider(
             1, 3, value=usual.hires_scale, step=0.25, label="Size", elem_id="hires-scale",
-            info="The finished picture is enlarged and drawn over; 1 leaves it.", **plain,
+            info="The finished picture is enlarged and drawn over; 1 leaves it.", **_PLAIN,
         )  # fmt: skip
         hires_strength = gr.Slider(
             0.05, 1, value=usual.hires_strength, step=0.05, label="Denoising strength", elem_id="hires-strength",
-            **plain,
+            **_PLAIN,
         )  # fmt: skip
+    return {
+        "hires_scale": hires_scale,
+        "hires_strength": hires_strength,
+    }
+
+
+def _build_control() -> dict[str, Any]:
+    """The picture that a ControlNet is shown."""
+    usual = EditSettings()
     with gr.Accordion("Control picture", elem_id="control", open=False, visible=False) as control_group:
         image_guide = gr.Image(
             label="Control picture", elem_id="image-guide", type="filepath", image_mode=None, height=240,
@@ -106,27 +136,37 @@ def build_edit_panel() -> EditPanel:
             label="Turn it into", choices=preprocessor_choices(), value=usual.control_preprocessor,
             elem_id="control-preprocessor",
         )  # fmt: skip
-        control_net_weight = gr.Slider(0, 2, value=0.75, step=0.05, label="Weight", elem_id="control-weight", **plain)
+        control_net_weight = gr.Slider(0, 2, value=0.75, step=0.05, label="Weight", elem_id="control-weight", **_PLAIN)
         with gr.Row():
-            control_start = gr.Slider(0, 1, value=usual.control_start, step=0.05, label="From", **plain)
-            control_end = gr.Slider(0, 1, value=usual.control_end, step=0.05, label="To, share of the steps", **plain)
+            control_start = gr.Slider(0, 1, value=usual.control_start, step=0.05, label="From", **_PLAIN)
+            control_end = gr.Slider(0, 1, value=usual.control_end, step=0.05, label="To, share of the steps", **_PLAIN)
         preview = gr.Button("Show what the model sees", elem_id="control-preview", size="md")
         preview_image = gr.Image(
             show_label=False, elem_id="control-seen", interactive=False, height=240, visible=False, format="png"
         )
+    return {
+        "control_group": control_group,
+        "image_guide": image_guide,
+        "control_preprocessor": control_preprocessor,
+        "control_net_weight": control_net_weight,
+        "control_start": control_start,
+        "control_end": control_end,
+        "preview": preview,
+        "preview_image": preview_image,
+    }
+
+
+def _build_references() -> dict[str, Any]:
+    """Pictures that an Omni model goes by."""
     with gr.Accordion("Reference pictures", elem_id="references", open=False, visible=False) as references_group:
         image_refs = gr.Gallery(
             label="Pictures to go by, which the prompt speaks of", elem_id="image-refs", type="filepath", columns=3,
             height=240, sources=["upload", "clipboard"], file_types=["image"], interactive=True,
         )  # fmt: skip
-    return EditPanel(
-        group=group, editor=editor, denoising_strength=denoising_strength, mask_expand=mask_expand,
-        mask_feather=mask_feather, inpaint_area=inpaint_area, image_fit=image_fit, outpaint=outpaint,
-        tile_scale=tile_scale, hires_scale=hires_scale, hires_strength=hires_strength, control_group=control_group,
-        image_guide=image_guide, control_preprocessor=control_preprocessor, control_net_weight=control_net_weight,
-        control_start=control_start, control_end=control_end, preview=preview, preview_image=preview_image,
-        references_group=references_group, image_refs=image_refs,
-    )  # fmt: skip
+    return {
+        "references_group": references_group,
+        "image_refs": image_refs,
+    }
 
 
 def edit_inputs(panel: EditPanel) -> dict[str, Any]:

@@ -81,16 +81,10 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
     if is_auto:
         choosing = Choosing(request, recipe, family, model, known, means, on_progress)
         recipe, chosen, conversion = choosing.best()
-    naming = "official" if is_gguf else conversion.naming
-    metadata = family.header(naming, conversion.formats, model.config, rank)
-    metadata = {"format": "pt"} if request.diffusers else {"config": metadata["config"]} if is_gguf else metadata
-    metadata = {**metadata, **family.companions_header(request.vae)}
-    if request.calibrate:
-        seen = {"pictures": request.calibrate, "learned_rounding": request.learned_rounding}
-        metadata = {**metadata, "calibration": json.dumps(seen)}
-    files = [request.file]
+    metadata = _header(family, model, conversion, request, rank)
     identity = _identity(request, model, recipe, rank, prompts, layout)
     if is_gguf:
+        files = [request.file]
         layers = convert_to_gguf(
             conversion,
             request.output,
@@ -127,14 +121,36 @@ def quantize(ctx: AppContext, request: QuantizeRequest, on_progress: OnProgress)
         chosen=chosen,
         expected_bytes=expected_bytes(conversion, metadata, rank) if is_auto else None,
     )
-    said: dict[str, Any] = {"source": str(request.source), "recipe": str(recipe.path)}
-    said["rank"] = rank if conversion.has_rank else None
-    said |= {"calibration": {"pictures": request.calibrate, "prompts": list(prompts)} if request.calibrate else None}
-    everything = {"every_layer": [asdict(r) for r in layers], "chosen": [asdict(c) for c in chosen]}
-    write_json(result.report, said | result.as_dict() | everything)
+    _write_report(request, recipe, result, rank if conversion.has_rank else None, prompts)
     if is_auto:
         write_json(recipe_path(request.output), {"description": recipe.description, "rules": rules_of(recipe)})
     return result
+
+
+def _header(family: Any, model: Model, conversion: Conversion, request: QuantizeRequest, rank: int) -> dict[str, str]:
+    """What the new file's header says beside its tensors."""
+    metadata = family.header(
+        "official" if request.is_gguf else conversion.naming, conversion.formats, model.config, rank
+    )
+    if request.diffusers:
+        metadata = {"format": "pt"}
+    elif request.is_gguf:
+        metadata = {"config": metadata["config"]}
+    metadata = {**metadata, **family.companions_header(request.vae)}
+    if request.calibrate:
+        seen = {"pictures": request.calibrate, "learned_rounding": request.learned_rounding}
+        metadata["calibration"] = json.dumps(seen)
+    return metadata
+
+
+def _write_report(
+    request: QuantizeRequest, recipe: Recipe, result: QuantizeResult, rank: int | None, prompts: Sequence[str]
+) -> None:
+    """OUT.report.json. rank: of the low-rank branch, None without one."""
+    calibration = {"pictures": request.calibrate, "prompts": list(prompts)} if request.calibrate else None
+    said = {"source": str(request.source), "recipe": str(recipe.path), "rank": rank, "calibration": calibration}
+    everything = {"every_layer": [asdict(r) for r in result.layers], "chosen": [asdict(c) for c in result.chosen]}
+    write_json(result.report, said | result.as_dict() | everything)
 
 
 def _family_of(ctx: AppContext, source: Path) -> tuple[Any, str]:

@@ -11,6 +11,7 @@ import sys
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,20 +48,16 @@ def png_chunks(path: Path) -> list[tuple[bytes, bytes]]:
     return chunks
 
 
-def made_record(**changes: Any) -> dict[str, Any]:
+def made_record(preset_id: str = "z_image_demo", **changes: Any) -> dict[str, Any]:
+    preset: Any = SimpleNamespace(id=preset_id, name="Demo", architecture="z_image", settings=DEFAULTS, model_def={})
     facts: dict[str, Any] = {
         "settings_record": {**DEFAULTS, "prompt": "a fox", "seed": 7, "resolution": "256x256", "batch_size": 1},
-        "defaults": DEFAULTS,
-        "preset_id": "z_image_demo",
-        "preset_name": "Demo",
-        "architecture": "z_image",
-        "model_def": {},
         "model_filename": "transformer.safetensors",
         "generation_seconds": 1.23456,
         "created": datetime(2026, 11, 21, 9, 30, 5, tzinfo=UTC),
         "provenance": {"dtype": "float32"},
     } | changes
-    return build_record(facts.pop("settings_record"), **facts)
+    return build_record(facts.pop("settings_record"), preset, **facts)
 
 
 # ---------------------------------------------------------------------------------------- containers
