@@ -1,32 +1,21 @@
-"""The VAE: diffusers' AutoencoderKL, loaded from a file's own sizes, and a tiled decode whose seams do not exist.
+"""The VAE: diffusers' AutoencoderKL, loaded from a file's own sizes; pictures to latents and back.
 
-Why plain tiling shows seams. The decoder's 30 GroupNorms divide by the standard deviation over the *whole* picture, so
-a tile of plain sky and a tile of a face are normalised differently, however much they overlap. Blending hides the edge
-and keeps the error.
-
-What is done here. A layer is finished for all tiles before the next one begins. Each norm's statistics are summed up
-over all tiles first; then each tile, with one pixel of its neighbours around it, goes through norm, SiLU and 3x3
-convolution. That is the untiled computation in another order, exact to rounding. Attention lives in the mid block at
-1/8 of the picture's size, is cheap, and runs whole.
-
-What it costs. Two full-size activations are stored between layers (in RAM when the model runs on a GPU), and working
-memory is that of one tile: at 1024x1024 and bf16, 2 x 256 MiB stored and some 20 MiB worked on for 64-cell tiles,
-where the untiled decode holds all of it and the convolution's workspace on the GPU.
+Three ways back: in one piece or, where memory is short, in bands of rows (banded_decoder.py, on a GPU) and in tiles
+(tiled_decoder.py); none of them shows seams.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.z_image.cpu_attention import multiplies_bfloat16
+from models.z_image.banded_decoder import BandedDecoder
+from models.z_image.tiled_decoder import decode_tiled
 from models.z_image.vae_names import CONFIG_KEY, diffusers_names
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
@@ -34,8 +23,6 @@ from shared.quant.formats import PLAIN_DTYPES
 
 # diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
-Before = Callable[[Tensor], Tensor]
-Window = tuple[slice, slice]
 
 # Published Z-Image (Flux) VAE: scaling and shift of latents, groups of a norm. No tensor shows them.
 SCALING_FACTOR = 0.3611
@@ -95,16 +82,23 @@ def encode(vae: Module, pictures: Tensor) -> Tensor:
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
-def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | None = None) -> Tensor:
+def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | BandedDecoder | None = None) -> Tensor:
     """Normalised latents (B, 16, h, w) to pictures (B, 3, 8h, 8w) float32 in [-1, 1].
 
-    tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only.
-    quick: what quick_decoder() made of the VAE, to decode with instead.
+    tile: side of a tile in latent cells, 0 decodes in one piece. The two differ by rounding only. A BandedDecoder,
+    which takes pictures one by one, spares memory with a tile that is no smaller than the picture.
+    quick: what quick_decoder() or BandedDecoder made of the VAE, to decode with instead.
     """
     dtype = next(vae.parameters()).dtype
     z = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
     whole = not tile or max(latents.shape[-2:]) <= tile
-    if quick is not None:
+    if isinstance(quick, BandedDecoder):
+        each = [quick.prepare(one[None]) for one in z]
+        pictures = [
+            quick.decode(one, sparing=tile > 0) if whole else decode_tiled(quick.decoder, one, tile) for one in each
+        ]
+        picture = torch.cat(pictures)
+    elif quick is not None:
         z = _before_decoder(vae, z).to(quick.conv_in.weight.dtype)
         picture = quick(z) if whole else decode_tiled(quick, z, tile)
     else:
@@ -114,179 +108,9 @@ def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | None = N
     return picture.float().clamp(-1, 1)
 
 
-def quick_decoder(vae: Module) -> Module | None:
-    """A copy of a float32 VAE's decoder that takes less than half the time: bfloat16, channels last, doubling and
-    convolution in one. None where it would not.
-
-    Its last norm and convolution stay in float32: they write the colours, and rounded ones show as bands in a smooth
-    sky. The difference is 0.2 to 0.6 of 255 levels on average. For CPUs that multiply bfloat16; a GPU decodes in
-    little time as it is.
-    """
-    weight = vae.decoder.conv_in.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not multiplies_bfloat16():
-        return None
-    quick: Module = copy.deepcopy(vae.decoder)
-    quick.to(torch.bfloat16, memory_format=torch.channels_last)
-    quick.conv_norm_out = copy.deepcopy(vae.decoder.conv_norm_out)
-    quick.conv_norm_out.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].float(),))
-    quick.conv_out = vae.decoder.conv_out
-    for block, exact in zip(quick.up_blocks, vae.decoder.up_blocks, strict=True):
-        if block.upsamplers is not None:
-            block.upsamplers[0] = _Doubling(block.upsamplers[0].conv, exact.upsamplers[0].conv.weight)
-    for part in list(quick.modules()):
-        for name, conv in part.named_children():
-            if type(conv) is nn.Conv2d and conv.weight.dtype == torch.bfloat16:
-                setattr(part, name, _LaidOut(conv))
-    return quick
-
-
-class _LaidOut(nn.Module):
-    """A convolution whose weight lies as oneDNN reads it; torch would lay it out anew at every call.
-
-    The same bits. At 128x128 pixels that takes 5 to 12 % of a convolution's time.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.out_channels = conv.out_channels
-        self._how: Any = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self._how)
-        self.bias = conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self._how, "none", [], "")
-        return result
-
-
-class _Doubling(nn.Module):
-    """diffusers' Upsample2D, every pixel made four and a 3x3 convolution over these, with 16 products instead of 36.
-
-    Of nine pixels that the convolution sees at most four are different: each of the four places in a doubled pixel has
-    a 2x2 convolution of the pixels themselves, whose weights are sums of the 3x3 ones. For rows, w being the three:
-
-        upper place:  w[0] on the row above, w[1] + w[2] on its own
-        lower place:  w[0] + w[1] on its own, w[2] on the row below
-    """
-
-    def __init__(self, conv: Module, weight: Tensor) -> None:
-        """conv: the convolution over doubled pixels, kept for tiles. weight: its weight (O, I, 3, 3) unrounded."""
-        super().__init__()
-        self.conv = conv
-        sums = torch.tensor([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], dtype=weight.dtype, device="cpu")
-        phases = torch.einsum("apy,bqx,oiyx->aboipq", sums, sums, weight).flatten(0, 2)
-        places = nn.Conv2d(conv.in_channels, len(phases), 2, padding=1, bias=conv.bias is not None, device="meta")
-        kept = phases.to(conv.weight.dtype, memory_format=torch.channels_last)
-        places.weight = nn.Parameter(kept, requires_grad=False)
-        if conv.bias is not None:
-            places.bias = nn.Parameter(conv.bias.repeat(4), requires_grad=False)
-        self.places = places
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, _, height, width = x.shape
-        channels = self.conv.out_channels
-        places: Tensor = self.places(x)
-        out = torch.empty(
-            (batch, channels, 2 * height, 2 * width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-        )
-        for place, some in enumerate(places.split(channels, dim=1)):
-            row, column = divmod(place, 2)
-            out[:, :, row::2, column::2] = some[:, :, row : row + height, column : column + width]
-        return out
-
-
 def _before_decoder(vae: Module, z: Tensor) -> Tensor:
     """What the decoder takes: z, after a 1x1 convolution in VAEs that have one."""
     return z if vae.post_quant_conv is None else vae.post_quant_conv(z)
-
-
-def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
-    """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
-    store = torch.device("cpu")
-    x = decoder.mid_block(decoder.conv_in(z)).to(store)
-    side = tile  # of a tile, in pixels of the activation at hand
-    for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            x = _resnet(resnet, x, side, z.device)
-        for upsampler in block.upsamplers or ():
-            x = _convolve(x, upsampler.conv, _upsample, side, z.device, factor=2)
-            side *= 2
-    last = _norm_and_silu(x, decoder.conv_norm_out, z.device)
-    return _convolve(x, decoder.conv_out, last, side, z.device).to(z.device)
-
-
-def _resnet(resnet: Module, x: Tensor, side: int, device: torch.device) -> Tensor:
-    hidden = _convolve(x, resnet.conv1, _norm_and_silu(x, resnet.norm1, device), side, device)
-    before = _norm_and_silu(hidden, resnet.norm2, device)
-    out = x if resnet.conv_shortcut is None else x.new_empty(*hidden.shape)
-    for window in _windows(x.shape, side):
-        rows, columns = window
-        skip = x[..., rows, columns].to(device)
-        if resnet.conv_shortcut is not None:
-            skip = resnet.conv_shortcut(skip)
-        out[..., rows, columns] = (skip + _convolve_tile(hidden, resnet.conv2, before, window, 1, device)).to(
-            out.device
-        )
-    return out
-
-
-def _convolve(x: Tensor, conv: Module, before: Before, side: int, device: torch.device, factor: int = 1) -> Tensor:
-    """conv(before(x)) tile by tile into one stored tensor, `factor` times as large."""
-    batch, _, height, width = x.shape
-    out = x.new_empty(batch, conv.out_channels, height * factor, width * factor, dtype=conv.weight.dtype)
-    for window in _windows(x.shape, side):
-        rows, columns = (slice(s.start * factor, s.stop * factor) for s in window)
-        out[..., rows, columns] = _convolve_tile(x, conv, before, window, factor, device).to(out.device)
-    return out
-
-
-def _convolve_tile(
-    x: Tensor, conv: Module, before: Before, window: Window, factor: int, device: torch.device
-) -> Tensor:
-    """One tile's result: compute with a ring of one pixel around it where there is one, then cut the ring off."""
-    with_ring, cut = [], []
-    for piece, length in zip(window, x.shape[-2:], strict=True):
-        start = max(piece.start - 1, 0)
-        with_ring.append(slice(start, min(piece.stop + 1, length)))
-        offset = (piece.start - start) * factor
-        cut.append(slice(offset, offset + (piece.stop - piece.start) * factor))
-    tile = conv(before(x[..., with_ring[0], with_ring[1]].to(device)).to(conv.weight.dtype))
-    return tile[..., cut[0], cut[1]]
-
-
-def _upsample(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2.0, mode="nearest")
-
-
-def _norm_and_silu(x: Tensor, norm: nn.GroupNorm, device: torch.device) -> Before:
-    """GroupNorm with the statistics of all of x, then SiLU, as a function of any crop of x."""
-    batch, channels = x.shape[:2]
-    groups = norm.num_groups
-    total = torch.zeros(batch, groups, dtype=torch.float64, device=x.device)
-    squares = torch.zeros_like(total)
-    for row in range(0, x.shape[2], 64):  # bands, so that no float32 copy of all of x is made
-        band = x[:, :, row : row + 64].float().reshape(batch, groups, -1)
-        total += band.sum(-1, dtype=torch.float64)
-        squares += band.square().sum(-1, dtype=torch.float64)
-    count = x[0].numel() // groups
-    mean = total / count
-    deviation = (squares / count - mean.square()).clamp(min=0).add(norm.eps).sqrt()
-    per_channel = (batch, groups, channels // groups)
-    mean_C = mean[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
-    deviation_C = deviation[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
-
-    def apply(crop: Tensor) -> Tensor:
-        weight, bias = (p.to(device).float()[None, :, None, None] for p in (norm.weight, norm.bias))
-        return F.silu((crop.float() - mean_C) / deviation_C * weight + bias).to(crop.dtype)
-
-    return apply
-
-
-def _windows(shape: torch.Size, side: int) -> Iterator[Window]:
-    """Tiles of `side` pixels that cover the last two axes; the last of a row or column may be short."""
-    height, width = shape[-2:]
-    for row in range(0, height, side):
-        for column in range(0, width, side):
-            yield slice(row, min(row + side, height)), slice(column, min(column + side, width))
 
 
 def given_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import shared.samplers as samplers
 from models.z_image import autoencoder, safety
 from models.z_image.conditions import Beginning
 from models.z_image.cuda_graph import GraphedForwards
+from models.z_image.decoding import Decoding
 from models.z_image.lora import LoraSet
 from models.z_image.noise import NoiseSource
 from models.z_image.prediction import Predictor, Prompts
@@ -73,11 +74,11 @@ class ZImagePipeline:
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
+        self.decoding = Decoding(vae)
         self.device = device
         self.loras = LoraSet(transformer, lambda: text_encoder.model)
         self.safeguard = safety.Safeguard(safer)
         self.recordings: GraphedForwards | None = None  # set by whoever leaves the weights where they are
-        self._quick_decoder: Any = None  # made when it is first wanted
         self._forget: Callable[[], None] = _nothing  # of the walk that is on
         self.report = Report()
         self._tell: Callable[[str], None] = _nobody
@@ -232,10 +233,8 @@ class ZImagePipeline:
 
         exact: in the VAE's own type; else, beside a bfloat16 transformer, in bfloat16 where that is quicker.
         """
-        quick = None
-        if not exact and self.device.type == "cpu" and self.transformer.dtype == torch.bfloat16:
-            quick = self._quick_decoder = self._quick_decoder or autoencoder.quick_decoder(self.vae)
-        return torch.cat([autoencoder.decode(self.vae, z[None], tile, quick).cpu() for z in latents])
+        quick = not exact and self.transformer.dtype == torch.bfloat16
+        return self.decoding.decode(latents, tile, self.device, quick=quick)
 
     def _prompts(self, request: GenerateRequest, positive: Tensor, negative: Tensor | None) -> Prompts:
         """The features refined, for each picture."""

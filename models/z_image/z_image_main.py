@@ -199,6 +199,7 @@ class model_factory:
                 found = fastest(candidates, self.device, self.transformer.dtype, config.n_heads, config.head_dim)
                 backend, words = found.backend, f" ({found.words})"
         self.transformer.use_attention(backend)
+        self.pipeline.decoding.stays = records
         asked = os.environ.get("ZIMAGE_GRAPHS", "").strip()
         allowed = asked != "0" and type(self.transformer) is ZImageTransformer
         records = records and allowed and self.device.type == "cuda"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from models.z_image import autoencoder
 from models.z_image.bench.stand import Stand
 from models.z_image.bench.twins import randomise
+from models.z_image.quick_decoder import quick_decoder
 from models.z_image.text_encoder import TRAINED_TOKENS, TextEncoder, load_text_encoder
 
 # Qwen3-4B (Qwen/Qwen3-4B config.json). A row of the vocabulary is only looked up: a short one is as fast.
@@ -130,7 +131,7 @@ def decode_on_cpu(stand: Stand, config: dict[str, Any] | None = None, side: int 
     latents = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(3))
     vae = autoencoder.load_vae(path, torch.float32)
     contenders: dict[str, Callable[[], Any]] = {"ours float32": partial(autoencoder.decode, vae, latents)}
-    quick = autoencoder.quick_decoder(vae)
+    quick = quick_decoder(vae)
     if quick is None:
         stand.note("This CPU has no bfloat16 arithmetic: fast and exact decode alike.")
     else:

@@ -1,4 +1,4 @@
-"""The VAE against diffusers' own object, and tiles against one piece."""
+"""The VAE against diffusers' own object, and what its files may say and lack."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-from diffusers.models.upsampling import Upsample2D
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
@@ -31,68 +30,6 @@ def test_decodes_and_encodes_like_diffusers(model_folder: Path, reference_vae: A
 
     torch.testing.assert_close(autoencoder.decode(vae, latents), decoded(reference_vae, latents), rtol=0, atol=1e-4)
     torch.testing.assert_close(autoencoder.encode(vae, picture), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("tile", [3, 8, 16])
-@pytest.mark.parametrize("size", [(16, 24), (9, 7)])
-def test_tiles_leave_no_seam(model_folder: Path, size: tuple[int, int], tile: int) -> None:
-    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
-    latents = torch.randn(1, 16, *size) * 2
-
-    whole = autoencoder.decode(vae, latents)
-    tiled = autoencoder.decode(vae, latents, tile)
-
-    # Far below 2/255: the computation is the same in another order.
-    assert float((whole - tiled).abs().max()) <= 1e-4
-
-
-@pytest.mark.parametrize("tile", [0, 3])
-def test_the_quick_decoder_differs_by_less_than_two_levels_of_255(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch, tile: int
-) -> None:
-    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: True)
-    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
-    latents = torch.randn(1, 16, 6, 4)
-
-    quick = autoencoder.quick_decoder(vae)
-    picture = autoencoder.decode(vae, latents, tile, quick)
-
-    assert quick is not None
-    assert {quick.conv_in.weight.dtype, quick.conv_out.weight.dtype} == {torch.bfloat16, torch.float32}
-    assert {p.dtype for p in vae.parameters()} == {torch.float32}
-    assert 0 < (picture - autoencoder.decode(vae, latents)).abs().mean() * 127.5 < 2
-
-
-def test_doubling_and_convolving_in_one_is_the_same_sum() -> None:
-    upsampler = Upsample2D(5, use_conv=True, out_channels=5)
-    x = torch.randn(2, 5, 3, 4)
-
-    with torch.no_grad():
-        found, expected = autoencoder._Doubling(upsampler.conv, upsampler.conv.weight)(x), upsampler(x)
-
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_there_is_no_quick_decoder_where_bfloat16_is_not_multiplied_or_not_asked_for(
-    model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: True)
-    assert autoencoder.quick_decoder(autoencoder.load_vae(model_folder / "vae", torch.bfloat16)) is None
-
-    monkeypatch.setattr(autoencoder, "multiplies_bfloat16", lambda: False)
-    assert autoencoder.quick_decoder(autoencoder.load_vae(model_folder / "vae", torch.float32)) is None
-
-
-def test_tiles_never_touch_more_than_a_tile_and_its_ring(model_folder: Path) -> None:
-    vae = autoencoder.load_vae(model_folder / "vae", torch.float32)
-    seen: list[int] = []
-    for module in vae.decoder.up_blocks[-1].modules():
-        if isinstance(module, torch.nn.Conv2d):
-            module.register_forward_hook(lambda _m, inputs, _o: seen.append(max(inputs[0].shape[-2:])))
-
-    autoencoder.decode(vae, torch.randn(1, 16, 16, 16), tile=4)
-
-    assert max(seen) <= 4 * 8 + 2
 
 
 def test_wan2gp_s_config_beside_the_file_is_used(model_folder: Path, tmp_path: Path) -> None:
