@@ -11,7 +11,7 @@ from shared.app.editing import Pass
 from shared.app.events import OnEvent, ShouldStop, Status, StepDone
 from shared.app.plan import GenerationPlan
 from shared.app.retry import MemoryWatch
-from shared.app.settings import MAX_SEED
+from shared.app.sampling_settings import MAX_SEED
 from shared.quant.errors import RunError, is_out_of_memory
 
 if TYPE_CHECKING:

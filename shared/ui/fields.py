@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.app.presets import Preset
+from shared.app.setting_checks import batch_max_of, block_of
 
 CUSTOM = "custom"  # the resolution choice that opens the width and height fields
 RANDOM_SEED = -1
@@ -18,8 +19,6 @@ LORA_SUFFIXES = (".safetensors", ".sft")
 # Aspect ratios offered when the model definition names no resolutions, at the area of the preset's own default.
 _RATIOS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
 _DEFAULT_SIZE = (1024, 1024)
-_DEFAULT_BLOCK = 16  # pixels: one latent patch of a model with an 8x VAE and 2x2 patches
-_DEFAULT_BATCH_MAX = 16  # the host's default of `image_batch_size_max`
 
 Choices = tuple[tuple[str, str], ...]  # (label, value)
 
@@ -93,7 +92,7 @@ def fields_for(
         sample_solver=str(settings.get("sample_solver") or (solvers[0][1] if solvers else "")),
         seed=int(settings.get("seed", RANDOM_SEED)),
         batch_size=max(1, int(settings.get("batch_size") or 1)),
-        batch_max=max(1, int(model_def.get("image_batch_size_max") or _DEFAULT_BATCH_MAX)),
+        batch_max=max(1, batch_max_of(model_def)),
         loras=tuple(loras),
         activated_loras=chosen,
         loras_multipliers=str(settings.get("loras_multipliers") or "") if chosen else "",
@@ -156,7 +155,7 @@ def _resolutions(preset: Preset) -> Choices:
     if own:
         choices = {value: label for label, value in _pairs(own)}
     else:
-        block = int(preset.model_def.get("vae_block_size") or _DEFAULT_BLOCK)
+        block = block_of(preset.model_def)
         sizes = [_fit(ratio, area=default[0] * default[1], block=block) for ratio in _RATIOS]
         choices = {f"{width}x{height}": size_label(width, height) for width, height in sizes}
     choices.setdefault(f"{default[0]}x{default[1]}", size_label(*default))

@@ -13,7 +13,8 @@ from shared.app.editing.inpainting import Box, box_of, canvas_of, scaled, workin
 from shared.app.editing.tiles import tile_boxes, tile_weight
 from shared.app.metadata import write_file
 from shared.app.pictures import extend_border, fit_picture, sha256_of
-from shared.app.settings import DEFAULT_BLOCK, GenerationSettings
+from shared.app.setting_checks import DEFAULT_BLOCK
+from shared.app.settings import GenerationSettings
 from shared.preprocess import RAW, Preprocessor
 from shared.quant.errors import UserError
 

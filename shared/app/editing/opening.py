@@ -8,7 +8,8 @@ from typing import Any
 
 from shared.app.editing.edit import REFERENCES, Edit
 from shared.app.pictures import open_mask, open_picture
-from shared.app.settings import DEFAULT_BLOCK, GenerationSettings
+from shared.app.setting_checks import block_of
+from shared.app.settings import GenerationSettings
 from shared.preprocess import Preprocessor
 from shared.quant.errors import UserError
 
@@ -48,7 +49,7 @@ def open_edit(settings: GenerationSettings, model_def: Mapping[str, Any], folder
             notes.append("denoising_strength is 1, so nothing of the picture will show")
     return Edit(
         settings=settings,
-        block=int(model_def.get("vae_block_size", DEFAULT_BLOCK)),
+        block=block_of(model_def),
         has_control=has_control,
         picture=None if picture is None else picture.image,
         mask=None if mask is None else mask.image,

@@ -7,7 +7,8 @@ import pytest
 
 from shared.app.families import load_families
 from shared.app.presets import LoraChoice, load_presets
-from shared.app.settings import GenerationSettings, loras_as_host_settings, parse_lora, parse_resolution
+from shared.app.setting_checks import parse_resolution
+from shared.app.settings import GenerationSettings, loras_as_host_settings, parse_lora
 from shared.quant.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
