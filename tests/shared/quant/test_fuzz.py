@@ -1,4 +1,4 @@
-"""Broken files end in a UserError or in a whole object: a short run of tests/fuzz.py, and what its long runs found."""
+"""Broken files end in a UserError or in a whole object: a short run of tests/fuzz, and what its long runs found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ import torch
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
-from tests.fuzz import Reader, Tensors, as_seed, readers, run, safetensors_bytes, whole
+from tests.fuzz.mutations import Tensors, safetensors_bytes, whole
+from tests.fuzz.readers import Reader, readers
+from tests.fuzz.runs import run
+from tests.fuzz.seeds import as_seed
 
 # Files per reader; those that build a model for each file take longer.
 SHORT_RUN = {"safetensors": 200, "gguf": 150, "layers": 200, "lora": 100, "index": 100, "transformer": 15,
