@@ -4,6 +4,8 @@ They lie in a folder as a download would put them, so that the shipped presets d
 
     wgp.py generate "..." --preset z_image --ckpts FOLDER            bf16: 12.3 GB, text encoder 8.0 GB, VAE 0.2 GB
     wgp.py generate "..." --preset z_image_int8 --ckpts FOLDER       int8: 6.9 GB, text encoder 4.4 GB, VAE 0.2 GB
+    ... --preset z_image_nunchaku_r256_int4                          SVDQuant: 4.5 GB and the int8 text encoder
+    ... --preset z_image_nunchaku_r128_fp4                           SVDQuant: 4.2 GB and the int8 text encoder
 
 The int8 files are laid out as mmgp writes the published ones: quanto's tensors, diffusers' names, the linears of the 30
 layers packed and the refiners not, and a header of odd length, so that no number begins where a CPU would like it to.
@@ -20,7 +22,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ from models.z_image.variants import (
     VAE_CONFIG_FILE,
     VAE_FILE,
 )
+from shared.quant.formats import svdq
 
 TRANSFORMER_FILE = "ZImageTurbo_bf16.safetensors"
 INT8_TRANSFORMER_FILE = "ZImageTurbo_quanto_bf16_int8.safetensors"
@@ -57,10 +60,23 @@ VAE = {
 }  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]
-Kind = Literal["bf16", "int8"]
+Kind = Literal["bf16", "int8", "int4", "fp4"]
 # Which matrices the published int8 files pack: formats.md 2, from mmgp's rule.
 _PACKED_LAYERS = re.compile(r"layers\.")
 _PACKED_WORDS = re.compile(r"model\.layers\.")
+# nunchaku's linears of a block, and the diffusers names of the matrices that each stacks.
+_STACKS = {
+    "attention.to_qkv": ("attention.to_q", "attention.to_k", "attention.to_v"),
+    "attention.to_out.0": ("attention.to_out.0",),
+    "feed_forward.net.0.proj": ("feed_forward.w3", "feed_forward.w1"),
+    "feed_forward.net.2": ("feed_forward.w2",),
+}
+_BLOCK = re.compile(r"(?:layers|noise_refiner|context_refiner)\.\d+\.")
+_RANKS = {"int4": 256, "fp4": 128}
+SVDQ_FILES = {kind: f"svdq-{kind}_r{rank}-z-image-turbo.safetensors" for kind, rank in _RANKS.items()}
+# What a code of each kind is worth on average.
+_CODE_SIZE = {"int4": 4.6, "fp4": 2.5}
+_ONE_IN_E4M3 = b"\x38"
 # The bytes of one tensor in some pieces: (name, shape) -> pieces.
 Fill = Callable[[str, tuple[int, ...]], Iterator[bytes]]
 
@@ -98,14 +114,20 @@ def vae_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def write_safetensors(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], fill: Fill | None, *, aligned: bool = True
+    path: Path,
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    fill: Fill | None,
+    *,
+    aligned: bool = True,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """A file of tensors by name -> (number type, shape). fill: their bytes; None leaves a sparse file of zeros.
 
-    aligned: the first tensor begins at a multiple of 8 bytes; else at an odd one.
+    aligned: the first tensor begins at a multiple of 8 bytes; else at an odd one. metadata: of the header.
     """
     sizes = {"BF16": 2, "F8_E4M3": 1, "I8": 1, "F32": 4}
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         begin, end = end, end + sizes[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
@@ -151,6 +173,29 @@ class Numbers:
         else:
             yield from self.bf16(name, shape)
 
+    def svdq(self, kind: str) -> Fill:
+        """What bf16() says, and nunchaku's tensors: any codes, scales that keep the size, a small correction."""
+
+        def fill(name: str, shape: tuple[int, ...]) -> Iterator[bytes]:
+            count, end = torch.Size(shape).numel(), name.rpartition(".")[2]
+            columns = shape[0] * (64 if kind == "int4" else 16)
+            if end == "qweight":
+                yield from self._pieces(self._codes, 1, count)
+            elif end == "wscales" and kind == "fp4":
+                yield _ONE_IN_E4M3 * count
+            elif end == "wscales":
+                yield _constant(columns**-0.5 / _CODE_SIZE[kind], count)
+            elif end == "wtscale":
+                yield _constant(_FP4_SCALE, count)
+            elif end.startswith("smooth_factor"):
+                yield _constant(1.0, count)
+            elif end.startswith("proj_"):
+                yield from self._pieces(self._bf16[_SCALES[-1]], 2, count)
+            else:
+                yield from self.bf16(name, shape)
+
+        return fill
+
     def _pieces(self, pool: np.ndarray, size: int, count: int) -> Iterator[bytes]:
         """`count` numbers of `size` bytes, where the last ones ended, from the beginning again at the end."""
         while count:
@@ -161,6 +206,30 @@ class Numbers:
 
 # Powers of two near one over the square root of a row's length: a product of them keeps the size of its input.
 _SCALES = tuple(2.0**-n for n in range(2, 8))
+
+
+_FP4_SCALE = 3840**-0.5 / _CODE_SIZE["fp4"]
+
+
+def _constant(value: float, count: int) -> bytes:
+    return torch.full((count,), value, dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+
+
+def svdq_tensors(shapes: Shapes, kind: str, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A network of these shapes, in diffusers' names, with its blocks' linears in nunchaku's format."""
+    left, tensors = dict(shapes), {}
+    for block in sorted({found[0] for name in shapes if (found := _BLOCK.match(name))}):
+        for linear, stacked in _STACKS.items():
+            matrices = [left.pop(f"{block}{name}.weight") for name in stacked]
+            rows, columns = sum(matrix[0] for matrix in matrices), matrices[0][1]
+            scales = ("BF16", (columns // 64, rows)) if kind == "int4" else ("F8_E4M3", (columns // 16, rows))
+            parts: dict[str, tuple[str, tuple[int, ...]]] = {
+                "qweight": ("I8", (rows, columns // 2)), "wscales": scales, "smooth_factor": ("BF16", (columns,)),
+                "smooth_factor_orig": ("BF16", (columns,)), "proj_down": ("BF16", (columns, rank)),
+                "proj_up": ("BF16", (rows, rank)), **({"wtscale": ("BF16", (1,))} if kind == "fp4" else {}),
+            }  # fmt: skip
+            tensors |= {f"{block}{linear}.{suffix}": tensor for suffix, tensor in parts.items()}
+    return tensors | {name: ("BF16", shape) for name, shape in left.items()}
 
 
 def write_model(folder: Path, kind: Kind = "bf16") -> None:
@@ -175,12 +244,21 @@ def write_model(folder: Path, kind: Kind = "bf16") -> None:
         if not path.exists():
             write_safetensors(path, _quanto(shapes, chosen), numbers.quanto, aligned=False)
 
+    def quantized(path: Path, kind: Literal["int4", "fp4"]) -> None:
+        if not path.exists():
+            tensors = svdq_tensors(_in_diffusers_names(transformer_shapes()), kind, _RANKS[kind])
+            header = svdq.header(TransformerConfig().as_diffusers(), kind=kind, rank=_RANKS[kind])
+            write_safetensors(path, tensors, numbers.svdq(kind), metadata=header)
+
     encoders = [folder / TEXT_ENCODER_FOLDER / name for name in TEXT_ENCODER_FILES]
     if kind == "bf16":
         plain(folder / TRANSFORMER_FILE, transformer_shapes())
         plain(encoders[0], encoder_shapes())
     else:
-        packed(folder / INT8_TRANSFORMER_FILE, _in_diffusers_names(transformer_shapes()), _PACKED_LAYERS)
+        if kind == "int8":
+            packed(folder / INT8_TRANSFORMER_FILE, _in_diffusers_names(transformer_shapes()), _PACKED_LAYERS)
+        else:
+            quantized(folder / SVDQ_FILES[kind], kind)
         packed(encoders[1], encoder_shapes(), _PACKED_WORDS)
     plain(folder / VAE_FILE, vae_shapes())
     (folder / VAE_CONFIG_FILE).write_text(json.dumps(VAE))

@@ -1,6 +1,7 @@
 """Use the 6B model at its real size, with random numbers, and measure what that takes. Linux only.
 
     python -m tests.support.big_model write FOLDER [--int8]    files of the real sizes (big_files.py), 20.5 or 11.5 GB
+    python -m tests.support.big_model write FOLDER --kind fp4  SVDQuant files, int4 (rank 256) or fp4 (rank 128)
     python -m tests.support.big_model run -- quantize FOLDER/MODEL --format nvfp4
 
 `run` starts wgp.py with what follows, looks at its memory fifty times a second, and prints one JSON object: CPU seconds
@@ -58,13 +59,14 @@ def main() -> None:
     write = commands.add_parser("write")
     write.add_argument("folder", type=Path)
     write.add_argument("--int8", action="store_true", help="the int8 files in place of those in bf16")
+    write.add_argument("--kind", choices=["bf16", "int8", "int4", "fp4"], help="which files; bf16 if nothing is said")
     running = commands.add_parser("run")
     running.add_argument("arguments", nargs="+", help="wgp.py's, after --")
     args = parser.parse_args()
     if args.do == "write":
         from tests.support.big_files import write_model
 
-        write_model(args.folder, "int8" if args.int8 else "bf16")
+        write_model(args.folder, args.kind or ("int8" if args.int8 else "bf16"))
         return
     print(json.dumps(run(args.arguments)))  # noqa: T201 - a program of its own
 
