@@ -64,7 +64,7 @@ class BandedDecoder:
         dtype: to compute in, but for the last norm and convolution, which are float32.
         """
         self.decoder = rounded_decoder(vae, device, dtype)
-        self.before = None if vae.post_quant_conv is None else _copy_of(vae.post_quant_conv, device)
+        self.before = None if vae.post_quant_conv is None else _rebuilt(vae.post_quant_conv, device)
         self._skip = _skip_of_the_last_doubling(vae, device, dtype)
         colours = self.decoder.conv_out
         weight = F.pad(colours.weight, (0, 0, 0, 0, 0, 0, 0, _COLOURS - len(colours.weight)))
@@ -77,11 +77,12 @@ class BandedDecoder:
 
     def on(self, device: torch.device) -> BandedDecoder:
         """The decoder on `device`: itself, or a copy that is gone when it is let go of."""
-        if device == self.device:
+        here = self.device
+        if device.type == here.type and device.index in (None, here.index):
             return self
         moved = copy.copy(self)
-        moved.decoder = copy.deepcopy(self.decoder).to(device)
-        moved.before = None if self.before is None else copy.deepcopy(self.before).to(device)
+        moved.decoder = _copied_to(self.decoder, device)
+        moved.before = None if self.before is None else _copied_to(self.before, device)
         moved._skip = None if self._skip is None else _move(self._skip, device)
         moved._colours = _move(self._colours, device)
         return moved
@@ -371,12 +372,19 @@ def _skip_of_the_last_doubling(vae: Module, device: torch.device, dtype: torch.d
     return places.to(memory_format=torch.channels_last), bias.to(device)
 
 
-def _copy_of(conv: Module, device: torch.device) -> nn.Conv2d:
+def _rebuilt(conv: Module, device: torch.device) -> nn.Conv2d:
+    """A convolution of the same weights on `device`, without what an offloader has hung on the module."""
     made = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, device="meta")
     made.weight, made.bias = (
-        nn.Parameter(part.detach().to(device, copy=True), requires_grad=False) for part in (conv.weight, conv.bias)
+        nn.Parameter(part.detach().to(device), requires_grad=False) for part in (conv.weight, conv.bias)
     )
     return made
+
+
+def _copied_to(module: Module, device: torch.device) -> Module:
+    """A copy of a module with its weights on `device`; they are not copied on the way."""
+    weights = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, weights)
 
 
 def _move(tensors: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
