@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 DEPTH = 2  # buffers of the ring: one computes, one fills; a third would hide nothing more of equal blocks
+HOST_TABLE_BYTES = 64 * 2**20  # an embedding table below this is not worth the way to the host and back
 ALIGNMENT = 256  # bytes; every tensor of a block begins at a multiple, which serves all kernels
 
 

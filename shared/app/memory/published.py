@@ -16,8 +16,8 @@ class ModuleShapes:
     """What a family knows of one of its published modules without a file, in numbers (weights), not bytes.
 
     numbers: in all. outside: of them in no block. unpacked: those that packed files keep in 16 bits. blocks: how many;
-    width, hidden, products: as in ModuleSizes. largest: of the matrices in a block. channels: those that enter a VAE
-    decoder's last stage.
+    width, hidden, products: as in ModuleSizes. largest: of the matrices in a block. table: of the embedding table.
+    channels: those that enter a VAE decoder's last stage.
     """
 
     numbers: int
@@ -28,6 +28,7 @@ class ModuleShapes:
     hidden: int = 0
     products: int = 0
     largest: int = 0
+    table: int = 0
     channels: int = 0
 
 
@@ -69,6 +70,7 @@ class PublishedModule:
             hidden=shapes.hidden,
             products=products,
             scratch=main.scratch,
+            table=shapes.table * compute_bytes,
         )
 
     @property
@@ -97,13 +99,14 @@ class PublishedModule:
             kept = min(kept, max(0, self.nbytes - shapes.numbers))
         widened = min(kept, shapes.outside) if self._widens(compute_bytes, on_cpu) else kept
         mapped = (kept if compute_bytes == HALF else kept - widened) * HALF
+        table = outside = 0
+        if self.packs_table:  # it is unpacked once: its bytes in the file give way to the numbers
+            table, outside = round(shapes.outside * self._stored), shapes.outside * compute_bytes
         return _Loaded(
-            total=self.nbytes + widened * (compute_bytes - HALF),
-            mapped=mapped if self.is_joined else mapped + self.nbytes - kept * HALF,
-            outside=round(shapes.outside * self._stored)
-            if self.packs_table
-            else min(shapes.outside, kept) * compute_bytes,
-            scratch=max(shapes.largest, shapes.outside if self.packs_table else 0) * compute_bytes,
+            total=self.nbytes + widened * (compute_bytes - HALF) + outside - table,
+            mapped=mapped if self.is_joined else mapped + self.nbytes - kept * HALF - table,
+            outside=outside if self.packs_table else min(shapes.outside, kept) * compute_bytes,
+            scratch=shapes.largest * compute_bytes,
         )
 
 

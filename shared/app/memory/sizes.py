@@ -32,6 +32,7 @@ _PLAIN_DTYPES = {
 }  # converted to the compute dtype at load; packed formats keep their size
 HALF, FLOAT32 = 2, 4  # bytes of a number
 _BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
+_TABLE_NAME = re.compile(r"(?:.*\.)?(?:embed_tokens|token_embd)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +43,7 @@ class ModuleSizes:
     after use.
     blocks: of each repeated block, in the files' order. width, hidden: numbers per token of a block's stream and of its
     feed-forward. products: numbers that multiply each token in a pass, whatever they are packed in. scratch: bytes of
-    the largest packed matrix when it is unpacked.
+    the largest packed matrix when it is unpacked. table: bytes of the embedding table, which is unpacked once.
     """
 
     nbytes: int
@@ -52,6 +53,7 @@ class ModuleSizes:
     hidden: int = 0
     products: int = 0
     scratch: int = 0
+    table: int = 0
 
     @property
     def trunk(self) -> int:
@@ -85,11 +87,16 @@ def module_sizes(
     on_cpu: matrices of a large 16-bit file's blocks stay mapped where float32 is computed in. is_joined: whether rows
     of packed matrices may be copied, so that one product makes several (q, k and v) of them.
     """
-    total = mapped = scratch = 0
+    matrices = _matrices(files)
+    tables = [matrix for matrix in matrices if _TABLE_NAME.fullmatch(matrix.module)]
+    unpacked = {id(info) for matrix in tables if matrix.is_packed for info in matrix.tensors}
+    total, mapped, scratch = sum(m.numbers for m in tables if m.is_packed) * compute_bytes, 0, 0
     blocks: dict[str, list[int]] = {}  # of the tensors in each numbered module
     for number, file in enumerate(files):
         widens = on_cpu and compute_bytes == FLOAT32 and file.nbytes >= MAPPED_FROM
         for info in file.tensors.values():
+            if id(info) in unpacked:
+                continue
             stored, block = _PLAIN_DTYPES.get(info.dtype), _BLOCK_NAME.match(info.name)
             if widens and stored == HALF and len(info.shape) == 2 and block:
                 size, stored = info.nbytes, compute_bytes
@@ -101,7 +108,6 @@ def module_sizes(
             if block:
                 blocks.setdefault(f"{number} {block[0]}", []).append(-(-size // ALIGNMENT) * ALIGNMENT)
     blocks = {name: sizes for name, sizes in blocks.items() if len(sizes) >= _BLOCK_TENSORS}
-    matrices = _matrices(files)
     inside = [m.shape for m in matrices if any(m.module.startswith(f"{name.split(' ', 1)[1]}.") for name in blocks)]
     # The feed-forward's way back is the matrix that takes most numbers, however its way out is stored (w1, w3, w13).
     width, hidden = max(inside, key=lambda shape: shape[1], default=(0, 0))
@@ -112,7 +118,8 @@ def module_sizes(
         width=width,
         hidden=hidden,
         products=sum(math.prod(shape) for shape in inside if shape[1] >= width),
-        scratch=max([scratch, *(math.prod(m.shape) * compute_bytes for m in matrices if m.is_packed)]),
+        scratch=max([scratch, *(m.numbers * compute_bytes for m in matrices if m.is_packed and m not in tables)]),
+        table=sum(matrix.numbers for matrix in tables) * compute_bytes,
     )
 
 
@@ -124,11 +131,16 @@ def loaded_bytes(info: TensorInfo, compute_bytes: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Matrix:
-    """What a layer multiplies by, as it is when unpacked. module: the layer's path."""
+    """What a layer multiplies by, as it is when unpacked. module: the layer's path. tensors: it is kept in."""
 
     module: str
     shape: tuple[int, ...]
     is_packed: bool
+    tensors: tuple[TensorInfo, ...]
+
+    @property
+    def numbers(self) -> int:
+        return math.prod(self.shape)
 
 
 def _matrices(files: Sequence[Checkpoint]) -> list[_Matrix]:
@@ -137,7 +149,8 @@ def _matrices(files: Sequence[Checkpoint]) -> list[_Matrix]:
         for module, layer in layers_of(file, list(file.tensors)).items():
             packed = format_of(layer)
             plain = layer.tensors["weight"].shape if "weight" in layer.tensors else ()
-            found.append(_Matrix(module, plain if packed is None else packed.shape(layer), packed is not None))
+            shape = plain if packed is None else packed.shape(layer)
+            found.append(_Matrix(module, shape, packed is not None, tuple(layer.tensors.values())))
     return [matrix for matrix in found if len(matrix.shape) == 2]
 
 

@@ -9,7 +9,7 @@ from shared.app.memory import MIB, MemoryEstimate, ModuleSizes
 from shared.app.memory_plan.relief import Relief
 from shared.app.memory_plan.result import Engine
 from shared.app.offload import Profile, budgets_mib
-from shared.app.stream_schedule import DEPTH, Block, choose_resident, held_bytes, simulate
+from shared.app.stream_schedule import DEPTH, HOST_TABLE_BYTES, Block, choose_resident, held_bytes, simulate
 
 CLEARLY_QUICKER = 0.9  # the streamer is taken where its step takes at most this share of mmgp's
 
@@ -81,10 +81,14 @@ def choose_engine(
     relief: Relief,
     *,
     fits: bool,
+    mmgp_fits: bool,
     has_mmgp: bool,
     seconds: Mapping[str, float],
 ) -> tuple[Engine, str]:
-    """The engine, and why: as memory's end or the user left it, else by what fits and the seconds a step would take."""
+    """The engine, and why: as memory's end or the user left it, else by what fits and the seconds a step would take.
+
+    fits: all weights, on the GPU. mmgp_fits: what mmgp keeps there.
+    """
     if relief.engine == "stream":
         return "stream", "the GPU ran out of memory with more of the weights on it"
     if offload == "stream":
@@ -99,6 +103,8 @@ def choose_engine(
         return "direct", "everything fits on the GPU"
     if not has_mmgp:
         return "stream", "not everything fits on the GPU at once, and mmgp is not installed"
+    if not mmgp_fits:
+        return "stream", "not everything fits on the GPU at once, and mmgp would keep too much there"
     if seconds["stream"] <= CLEARLY_QUICKER * seconds["mmgp"]:
         words = f"a step is predicted to take {seconds['stream']:.2g} s, with mmgp {seconds['mmgp']:.2g} s"
         return "stream", f"not everything fits on the GPU at once; {words}"
@@ -110,12 +116,12 @@ class StreamedPlan:
 
     def __init__(self, sizes: Mapping[str, ModuleSizes], room: int) -> None:
         blocks = {name: size.blocks or (size.nbytes,) for name, size in sizes.items()}
-        self._trunks = {name: size.trunk if size.blocks else 0 for name, size in sizes.items()}
+        trunks = {n: max(0, size.trunk - _table_in_ram(size)) if size.blocks else 0 for n, size in sizes.items()}
         self.least = max(
-            self._trunks[name] + held_bytes(b, (False,) * len(b), depth=min(DEPTH, len(b)))
-            for name, b in blocks.items()
+            trunks[name] + held_bytes(b, (False,) * len(b), depth=min(DEPTH, len(b))) for name, b in blocks.items()
         )
         room = max(room, self.least)
+        self._trunks = {name: trunks[name] + (_table_in_ram(s) if s.nbytes <= room else 0) for name, s in sizes.items()}
         self._stays = {name: choose_resident(b, room - self._trunks[name]) for name, b in blocks.items()}
         self._blocks = blocks
 
@@ -133,6 +139,11 @@ class StreamedPlan:
                 f"{name} whole in its turn" if whole else f"{name} with {sum(stays)} of {len(stays)} blocks kept"
             )
         return ", ".join(parts).replace("text_encoder", "text encoder").replace("vae", "VAE")
+
+
+def _table_in_ram(size: ModuleSizes) -> int:
+    """Bytes of the embedding table of a module that does not fit, whose few rows are looked up in RAM."""
+    return size.table if size.table >= HOST_TABLE_BYTES else 0
 
 
 def _step_seconds(size: ModuleSizes, resident: Sequence[bool], tokens: int, rates: Rates) -> float:

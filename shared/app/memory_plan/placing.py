@@ -22,6 +22,7 @@ from shared.app.offload import GIB, Profile, automatic_profile, find_profile
 from shared.quant.errors import UserError
 
 RESERVE_MB = 512.0  # an estimate: the driver's context, workspaces, recorded forwards (< 300), the allocator's waste
+LEAST_RESERVE_MB = 256.0  # where weights are streamed, and so no forward is recorded
 TILED_FROM = 0.25  # of the GPU's room: a decode that needs more is done in tiles, which cost little time
 PINNED_RAM_SHARE = 0.5  # of the RAM may be page-locked
 FREE_RAM_SHARE = 0.8  # of the free RAM a CPU's decode may take in one piece
@@ -66,10 +67,10 @@ def _on_gpu(
     have = min(total if free is None else free, total if asked.cap is None else asked.cap)
     tile, decode_mb, why_tiled = _tile(estimate, have / MIB * TILED_FROM, relief)
     working = {**estimate.working_mb, "decode": decode_mb}
-    beside = max(working.values()) + estimate.loras_mb + RESERVE_MB
-    room = round((have / MIB - beside) * MIB * relief.share)
+    beside = max(working.values()) + estimate.loras_mb
+    room = round((have / MIB - beside - RESERVE_MB) * MIB * relief.share)
     stream_plan = StreamedPlan(estimate.sizes, room)
-    _check_cap(asked.cap, stream_plan.least + beside * MIB)
+    _check_cap(asked.cap, stream_plan.least + (beside + LEAST_RESERVE_MB) * MIB)
 
     weights = {name: size.nbytes for name, size in estimate.sizes.items()}
     by_profile = profile or automatic_profile(have, ram, weights)[0] or find_profile(1)
@@ -84,9 +85,14 @@ def _on_gpu(
     fits = sum(weights.values()) <= room
     if has_mmgp is None:
         has_mmgp = util.find_spec("mmgp") is not None
-    engine, why = choose_engine(asked.offload, profile, relief, fits=fits, has_mmgp=has_mmgp, seconds=seconds)
-    held = outlooks[engine].held
-    peaks = {stage: held[m] / MIB + estimate.loras_mb + working[stage] for stage, m in STAGES.items()}
+    peaks_of = {
+        name: {stage: outlook.held[m] / MIB + estimate.loras_mb + working[stage] for stage, m in STAGES.items()}
+        for name, outlook in outlooks.items()
+    }
+    engine, why = choose_engine(
+        asked.offload, profile, relief, fits=fits, has_mmgp=has_mmgp, seconds=seconds,
+        mmgp_fits=max(peaks_of["mmgp"].values()) + LEAST_RESERVE_MB <= have / MIB,
+    )  # fmt: skip
     sizes = f"{sum(weights.values()) / GIB:.1f} GiB of weights, room for {max(room, 0) / GIB:.1f} GiB on the GPU"
     return MemoryPlan(
         engine=engine,
@@ -97,9 +103,9 @@ def _on_gpu(
         lock=round(ram * PINNED_RAM_SHARE),
         cap=asked.cap,
         tile=tile,
-        peaks_mb=peaks,
+        peaks_mb=peaks_of[engine],
         ram_mb=BASE_MB + sum(weights.values()) / MIB,
-        vram_mb=max(peaks.values()),
+        vram_mb=max(peaks_of[engine].values()),
         sentences=[outlooks[engine].words, *why_tiled],
         step_seconds=seconds,
     )

@@ -9,12 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.app.offload import MIB
-from shared.app.stream_schedule import DEPTH, choose_resident
+from shared.app.stream_schedule import DEPTH, HOST_TABLE_BYTES, choose_resident
 from shared.app.streamer.lane import Ticket
 from shared.app.streamer.parts import Part, leaves_of
 from shared.app.streamer.uploader import Uploader
-
-HOST_TABLE_BYTES = 64 * MIB  # an embedding table below this is not worth the way to the host and back
 
 
 @dataclass(slots=True, eq=False)

@@ -155,6 +155,34 @@ def test_a_larger_cap_keeps_more_and_never_takes_longer() -> None:
     assert [made.budget for made in plans] == sorted(made.budget for made in plans)
 
 
+def with_table() -> MemoryEstimate:
+    """The published files' sizes: the table of words is told from what else belongs to no block."""
+    usual = model(denoise_mb=371.0)
+    sizes = {
+        **usual.sizes,
+        "transformer": replace(usual.sizes["transformer"], nbytes=34 * 345 * MIB + 23 * MIB, blocks=(345 * MIB,) * 34),
+        "text_encoder": replace(usual.sizes["text_encoder"], nbytes=35 * 202 * MIB + 742 * MIB, table=742 * MIB),
+    }
+    return replace(usual, sizes=sizes)
+
+
+def test_bf16_weights_go_through_less_than_a_gigabyte_and_a_half() -> None:
+    """The streamer looks words up in RAM; mmgp, with their table on the GPU, is passed over."""
+    made = plan(card(24), with_table(), cap=round(1.4 * GIB))
+
+    assert made.engine == "stream" and "mmgp would keep too much" in made.reason
+    assert made.vram_mb <= 1.4 * 1024 - 100
+    assert made.budget / MIB + 371 <= 1.4 * 1024 - 100
+    assert made.peaks_mb["text"] < 742  # the table alone
+
+
+def test_a_table_of_a_model_that_fits_is_on_the_gpu_with_it() -> None:
+    made = plan(card(24), with_table(), cap=10 * GIB, offload="stream")
+
+    assert "text encoder whole in its turn" in made.words
+    assert made.peaks_mb["text"] == pytest.approx(35 * 202 + 742 + 50)
+
+
 def test_a_cap_that_nothing_fits_into_is_refused_with_what_it_takes() -> None:
     with pytest.raises(UserError, match=r"0\.50 GB on the GPU are too few.*takes 1\."):
         plan(card(24), cap=GIB // 2)

@@ -78,6 +78,19 @@ def test_loras_and_control_branches_count(tmp_path: Path) -> None:
     assert controlled.weights_mb["transformer"] > plain.weights_mb["transformer"]
 
 
+def test_a_packed_table_counts_as_it_is_unpacked_and_is_not_mapped(tmp_path: Path) -> None:
+    plain = {"model.embed_tokens.weight": torch.zeros(100, 32, dtype=torch.bfloat16)}
+    packed = {"model.embed_tokens.weight": torch.zeros(100, 32).to(torch.float8_e4m3fn)}
+    save_file(plain, tmp_path / "plain.safetensors")
+    save_file(packed, tmp_path / "packed.safetensors")
+
+    as_is = estimate(tmp_path, text_encoder=tmp_path / "plain.safetensors").sizes["text_encoder"]
+    unpacked = estimate(tmp_path, text_encoder=tmp_path / "packed.safetensors").sizes["text_encoder"]
+
+    assert as_is.nbytes == unpacked.nbytes == as_is.table == unpacked.table == 100 * 32 * 2
+    assert (as_is.mapped, unpacked.mapped, unpacked.scratch) == (100 * 32 * 2, 0, 0)
+
+
 def test_a_packed_matrix_counts_as_packed_and_unpacked_once(tmp_path: Path) -> None:
     packed = {
         "layers.0.out.weight._data": torch.zeros(64, 48, dtype=torch.int8),

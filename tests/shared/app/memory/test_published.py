@@ -137,12 +137,16 @@ def test_published_sizes_come_within_ten_percent_of_the_6b_models_headers(
         assert guess.sizes[name].scratch == pytest.approx(read.sizes[name].scratch, rel=0.1)
 
 
-def test_a_cast_file_has_no_plain_numbers_and_a_gguf_encoder_unpacks_its_table_too() -> None:
+def test_a_cast_file_has_no_plain_numbers_and_a_gguf_encoders_table_is_unpacked_once_and_for_all() -> None:
     cast = published("transformer", 6.15e9).sizes(4)
     gguf = published("text_encoder", 2.5e9, packs_table=True).sizes(2)
 
     assert cast.nbytes == round(6.15e9) and cast.mapped == 0
-    assert gguf.nbytes == round(2.5e9) and gguf.scratch == PUBLISHED_SHAPES["text_encoder"]["outside"] * 2
+    shapes = PUBLISHED_SHAPES["text_encoder"]
+    packed = round(shapes["outside"] * 2.5e9 / shapes["numbers"])
+    assert gguf.nbytes == round(2.5e9) - packed + shapes["outside"] * 2
+    assert gguf.mapped == round(2.5e9) - packed
+    assert gguf.table == shapes["table"] * 2 and gguf.scratch == shapes["largest"] * 2
 
 
 def test_a_control_branch_that_is_not_here_counts_in_blocks_like_the_transformers() -> None:
