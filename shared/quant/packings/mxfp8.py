@@ -12,9 +12,11 @@ writes it for blocks of zeros. Read as comfy-kitchen does; for such a block both
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from shared.quant.packings.block_scaled import BlockScaled
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,7 @@ _MANTISSA_BITS = 23  # of float32, whose exponents have the same bias
 
 
 @dataclass(frozen=True)
-class Mxfp8:
+class Mxfp8(BlockScaled):
     """codes: uint8 (rows, columns), E4M3 as bytes (see fp8.py). exponents: uint8 (rows, columns / 32).
 
     columns: of the matrix, where its last block is padded; None when the blocks end where the matrix does. swizzled:
@@ -37,32 +39,19 @@ class Mxfp8:
     columns: int | None = None
     swizzled: bool = False
     name = "mxfp8"
+    scales = "exponents"
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         import torch
 
         from shared.quant.packings import fp8
 
-        scales = powers(self._natural(tensors)["exponents"])
+        scales = powers(self.natural(tensors)["exponents"])
         numbers = fp8.decode(tensors["codes"], "e4m3fn", torch.float32)
         numbers.unflatten(1, (-1, BLOCK)).mul_(scales.unsqueeze(-1))
         return numbers[:, : self.columns].to(dtype)
 
-    def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        return self._as_kept({name: tensor[start:stop] for name, tensor in self._natural(tensors).items()})
-
-    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        import torch
-
-        natural = [self._natural(part) for part in parts]
-        return self._as_kept({name: torch.cat([part[name] for part in natural]) for name in natural[0]})
-
-    def _as_kept(self, natural: dict[str, Tensor]) -> dict[str, Tensor]:
-        from shared.quant.swizzle import swizzle
-
-        return natural | {"exponents": swizzle(natural["exponents"])} if self.swizzled else natural
-
-    def _natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors with the exponents in rows and columns."""
         from shared.quant.swizzle import unswizzle
 

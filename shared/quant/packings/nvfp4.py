@@ -13,9 +13,11 @@ The tensor scale is kept once per row: parts with different ones can then be joi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from shared.quant.packings.block_scaled import BlockScaled
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +27,7 @@ BLOCK = 16
 
 
 @dataclass(frozen=True)
-class Nvfp4:
+class Nvfp4(BlockScaled):
     """codes: uint8 (rows, columns / 2), the even column in the high half of a byte. block_scales: uint8 (rows,
     columns / 16), E4M3 as bytes (see fp8.py). tensor_scale: float32 (rows, 1).
 
@@ -37,6 +39,7 @@ class Nvfp4:
     columns: int | None = None
     swizzled: bool = False
     name = "nvfp4"
+    scales = "block_scales"
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         import torch
@@ -44,27 +47,13 @@ class Nvfp4:
         from shared.quant import e2m1
         from shared.quant.packings import fp8
 
-        tensors = self._natural(tensors)
+        tensors = self.natural(tensors)
         scales = tensors["tensor_scale"] * fp8.decode(tensors["block_scales"], "e4m3fn", torch.float32)
         numbers = e2m1.unpack_values(tensors["codes"])
         numbers.unflatten(1, (-1, BLOCK)).mul_(scales.unsqueeze(-1))
         return numbers[:, : self.columns].to(dtype)
 
-    def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        return self._as_kept({name: tensor[start:stop] for name, tensor in self._natural(tensors).items()})
-
-    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        import torch
-
-        natural = [self._natural(part) for part in parts]
-        return self._as_kept({name: torch.cat([part[name] for part in natural]) for name in natural[0]})
-
-    def _as_kept(self, natural: dict[str, Tensor]) -> dict[str, Tensor]:
-        from shared.quant.swizzle import swizzle
-
-        return natural | {"block_scales": swizzle(natural["block_scales"])} if self.swizzled else natural
-
-    def _natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors with the block scales in rows and columns, and a tensor scale for every row."""
         from shared.quant.swizzle import unswizzle
 
