@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from shared.bench import charts
+from shared.bench import charts, figures
 from shared.bench.card import label
 from shared.bench.cases import CASES
 from shared.bench.floors import best_rate
@@ -37,14 +38,18 @@ _UNMEASURED = "Not measured yet"
 _IN_BF16 = ("ours", "P1", "P2")
 
 
-def render(results: Sequence[Results], goals: Sequence[Goal] = GOALS) -> dict[str, str]:
-    """File name (from the program's folder) -> text, of the page and of every plot there are figures for."""
+def render(results: Sequence[Results], goals: Sequence[Goal] = GOALS, root: Path | None = None) -> dict[str, str]:
+    """File name (from the program's folder) -> text, of the page and of every plot there are figures for.
+
+    root: the program's folder, whose other texts get their figures, too; without it the page and plots alone.
+    """
     verdicts = [judge(goal, results) for goal in goals]
     machines = _numbered([result.machine for result in results])
     images = dict(_plots(results))
     parts = [_HEAD, *_machines(machines), *_goal_tables(verdicts, machines), *_open_goals(verdicts), *_pictures(images)]
     parts += _cases(results, machines)
-    return {PAGE: "\n".join(parts).rstrip() + "\n", **{name: text for name, (_, text) in images.items()}}
+    found = {PAGE: "\n".join(parts).rstrip() + "\n", **{name: text for name, (_, text) in images.items()}}
+    return found | (dict(figures.texts(root, results)) if root else {})
 
 
 def _numbered(machines: Sequence[Machine]) -> dict[str, tuple[str, Machine]]:

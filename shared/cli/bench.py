@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--write-gates", action="store_true", help="take the counters of this run as those that later runs must have"
     )
     parser.add_argument(
-        "--render", action="store_true", help="write docs/benchmarks.md and its plots from all result files"
+        "--render",
+        action="store_true",
+        help="write docs/benchmarks.md, its plots and the figures in other texts from all result files",
     )
 
 
@@ -127,7 +129,7 @@ def _render(root: Path) -> int:
     from shared.bench.page import render
     from shared.bench.results import read_all
 
-    for name, text in render(read_all()).items():
+    for name, text in render(read_all(), root=root).items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")

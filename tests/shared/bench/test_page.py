@@ -122,7 +122,7 @@ def test_without_results_the_page_is_a_list_of_what_is_to_be_measured() -> None:
 
 
 def test_the_page_in_the_docs_is_what_the_results_render_to() -> None:
-    for name, text in render(read_all()).items():
+    for name, text in render(read_all(), root=PROGRAM).items():
         assert (PROGRAM / name).read_text(encoding="utf-8") == text, f"{name}: run `python wgp.py bench --render`"
 
 
