@@ -5,7 +5,6 @@ A host that waits leaves the GPU without work until it has told it what comes ne
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from shared import samplers
 from shared.app.offload import DirectPlacement
 from shared.ops.upload import upload
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.garbage import quick_collections
 from tests.support.packed_model import lora_file
 from tests.support.tiny_model import TINY, randomise
 
@@ -45,10 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """release() collects garbage; without this each time looks through all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with quick_collections():
+        yield
 
 
 @pytest.fixture

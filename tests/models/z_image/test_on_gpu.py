@@ -13,6 +13,7 @@ import torch
 from models.z_image.z_image_main import model_factory
 from shared.app.offload import MIB, PROFILES, DirectPlacement, Offloader, Profile, weight_bytes
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.garbage import quick_collections
 from tests.support.only_torch import only_torch
 
 # Two captions of different length at once, a batch, guidance, and an oblong picture decoded in tiles.
@@ -52,10 +53,8 @@ def _by_torch() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """mmgp collects garbage at every turn; without this each time looks through all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with quick_collections():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from shared.app.streamer import StreamOffload
 from shared.quant.linear import PackedLinear
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.fake_lane import FakeLane
+from tests.support.garbage import quick_collections
 from tests.support.packed_model import lora_file
 from tests.support.tiny_model import TINY, randomise
 
@@ -36,10 +36,8 @@ CONTROLLED: dict[str, Any] = {
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """release() collects garbage; without this each time looks through all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with quick_collections():
+        yield
 
 
 @pytest.fixture

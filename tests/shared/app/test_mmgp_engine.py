@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from shared.app.offload import MIB, PROFILES, Profile, weight_bytes
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.garbage import quick_collections
 
 pytest.importorskip("mmgp")
 from shared.app.mmgp_engine import MmgpOffload, restore_safetensors
@@ -96,10 +96,8 @@ def gpu() -> Iterator[FakeCuda]:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """mmgp collects garbage at every turn; without this each time looks through all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with quick_collections():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from shared.app.stream_schedule import choose_resident, simulate
 from shared.app.streamer import StreamOffload
 from tests.support.fake_cuda import FakeCuda, fake_cuda, on_gpu
 from tests.support.fake_lane import FakeLane
+from tests.support.garbage import quick_collections
 
 WIDTH = 64
 BLOCKS = 6
@@ -69,10 +70,8 @@ def inputs() -> Tensor:
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> Iterator[None]:
     """release() collects garbage; without this each time looks through all of torch."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with quick_collections():
+        yield
 
 
 @pytest.fixture
