@@ -7,6 +7,7 @@ so a host can list models and parse arguments at once.
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,14 @@ from shared.utils.hf import build_hf_url
 
 from . import variants
 from .variants import VARIANTS
+
+# What text encoder and VAE come from, by the modules that hold them: the packages load these on demand only.
+_LIBRARIES = (
+    "accelerate",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+)
 
 if TYPE_CHECKING:
     import argparse
@@ -110,6 +119,18 @@ class family_handler:
     def query_published_shapes(base_model_type: str) -> dict[str, dict[str, int]]:
         """Shapes of the published modules by name, for our own host's plans; Wan2GP does not ask for them."""
         return {name: dict(shapes) for name, shapes in variants.PUBLISHED_SHAPES.items()}
+
+    @staticmethod
+    def import_ahead() -> None:
+        """Import what load_model() will: seconds, which our own page spends before anybody asks for a picture."""
+        import torch
+
+        from shared.ops import compiled_ready
+
+        for name in (f"{__package__}.z_image_main", *_LIBRARIES):
+            importlib.import_module(name)
+        if not torch.cuda.is_available():
+            compiled_ready.why_not()  # loads the CPU's kernels
 
     @staticmethod
     def load_model(

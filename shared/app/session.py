@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
+import time
 from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +117,26 @@ class ModelSession:
         if errors:
             raise errors[0]
         return results[0]
+
+    def import_ahead(self, after: float = 0.0) -> threading.Thread:
+        """Begin, in `after` seconds, to import what drawing needs: seconds, well spent while nobody waits.
+
+        A generation that is asked for meanwhile begins when that is done.
+        """
+
+        def work() -> None:
+            time.sleep(after)
+            with self._one_at_a_time:
+                for handler in {id(handler): handler for handler in self._ctx.families.handlers.values()}.values():
+                    ask = getattr(handler, "import_ahead", None)
+                    if callable(ask):
+                        # What cannot be imported is told when it is needed, and may never be.
+                        with contextlib.suppress(ImportError):
+                            ask()
+
+        thread = threading.Thread(target=work, name="import ahead", daemon=True)
+        thread.start()
+        return thread
 
     def cancel(self) -> None:
         """Stop the running generation within one step; from any thread. Does nothing when none runs."""

@@ -30,6 +30,7 @@ _EVERYWHERE = "0.0.0.0"
 _TITLE = "Z-Image"
 _UPLOAD_LIMIT = "64mb"  # a picture dropped for its settings
 _DAY = 86_400  # seconds
+_PAGE_SECONDS = 2.0  # for a browser to fetch the page before anything else is done
 _INTERRUPTED = 130  # exit code after Ctrl-C, as shells count it
 
 
@@ -63,6 +64,7 @@ def launch(ctx: AppContext, args: argparse.Namespace) -> int:
     reach = " and every network address of this machine" if host == _EVERYWHERE else ""
     sys.stdout.write(f"{remark}{_TITLE} is ready at {app.local_url}{reach}. Ctrl-C stops it.\n")
     sys.stdout.flush()
+    ctx.session.import_ahead(after=_PAGE_SECONDS)
     try:
         _sleep_until_interrupted()
     except KeyboardInterrupt:

@@ -52,6 +52,7 @@ class FakeSession:
     download: Any = None  # of a plan
     orders: list[tuple[str, Any]] = field(default_factory=list)
     cancels: int = 0
+    imported_ahead: int = 0
     drawing: int = 0
     most_at_once: int = 0
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -84,6 +85,9 @@ class FakeSession:
             return SimpleNamespace(cancelled=False)
         finally:
             self.drawing -= 1
+
+    def import_ahead(self, after: float = 0.0) -> None:
+        self.imported_ahead += 1
 
     def cancel(self) -> None:
         self.cancels += 1

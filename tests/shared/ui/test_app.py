@@ -138,6 +138,7 @@ def test_launch_says_where_it_serves_in_one_line_and_ends_on_ctrl_c(context, cap
     assert b"Z-Image" in served[0]
     [line] = capsys.readouterr().out.splitlines()
     assert f"http://{LOOPBACK}:{port}/" in line
+    assert context.session.imported_ahead == 1
     assert context.session.cancels == 1
 
 
