@@ -23,7 +23,7 @@ from shared.ops.rounding import Kind, Rounded, Sums
 from shared.ops.rounding import round_rows as eager_round_rows
 
 _KINDS = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
-_ALONE = 2**17  # numbers that one thread is done with before a second would have begun
+_EACH = 2**16  # numbers that a thread is to have at least: in less time than these take, none is woken
 
 _EPS = 1e-5
 _LARGEST_ERROR = 0.02  # rounding to bfloat16 once more or less makes 0.3 %, to neighbouring int8 codes 0.5 %
@@ -205,14 +205,14 @@ def over_rows(kernel: Callable[..., None], rows: int, *arguments: Any, numbers: 
 
     numbers: in a row; 0 for the first of the arguments.
     """
-    threads = torch.get_num_threads()
-    if threads == 1 or rows * (numbers or arguments[0]) < _ALONE:
+    most = torch.get_num_threads()
+    threads = min(most, rows * (numbers or arguments[0]) // _EACH)
+    if threads < 2:
         kernel(0, rows, *arguments)
         return
     step = -(-rows // threads)
     others = [
-        _pool(threads - 1).submit(kernel, first, min(first + step, rows), *arguments)
-        for first in range(step, rows, step)
+        _pool(most - 1).submit(kernel, first, min(first + step, rows), *arguments) for first in range(step, rows, step)
     ]
     kernel(0, step, *arguments)
     for other in others:

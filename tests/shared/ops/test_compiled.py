@@ -153,6 +153,19 @@ def test_several_threads_give_the_same_bits() -> None:
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
 
 
+@pytest.mark.parametrize(("rows", "shares"), [(100, 1), (512, 2), (700, 2), (1024, 4), (10_000, 16)])
+def test_no_thread_is_woken_for_little(rows: int, shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+
+    compiled.over_rows(lambda first, last, columns: taken.append((first, last)), rows, 256)
+
+    assert len(taken) == shares
+    assert sorted(taken)[0][0] == 0
+    assert sorted(taken)[-1][1] == rows
+    assert sum(last - first for first, last in taken) == rows
+
+
 def test_what_they_do_not_take_is_eagers_to_the_bit() -> None:
     x, y, weight = torch.randn(B, S, D), torch.randn(B, S, D), torch.randn(D)
     factor = torch.rand(B, 1, D)
