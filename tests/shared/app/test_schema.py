@@ -4,16 +4,8 @@ import pytest
 
 from models.z_image.z_image_handler import family_handler
 from shared.app.host_keys import HOST_MODEL_KEYS, HOST_SETTING_KEYS, RECORD_KEYS
-from shared.app.schema import (
-    CONDITION,
-    MODEL_KEYS,
-    NUMBER,
-    SETTING_KEYS,
-    WHOLE,
-    closest_key,
-    describe,
-    read_json_object,
-)
+from shared.app.schema import MODEL_KEYS, SETTING_KEYS, closest_key, describe, read_json_object
+from shared.app.schema.kinds import CONDITION, NUMBER, WHOLE
 from shared.quant.errors import UserError
 
 
