@@ -12,7 +12,10 @@ from shared.quant.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One case. peers: keys of PEERS that it can run beside us. A case that needs a GPU is refused without CUDA."""
+    """One case. peers: keys of PEERS that it can run beside us. A case that needs a GPU is refused without CUDA.
+
+    by_preset: it measures the presets that it is given, and leaves the results of others as they are.
+    """
 
     id: str
     what: str
@@ -20,6 +23,7 @@ class Case:
     metrics: str
     peers: tuple[str, ...] = ()
     needs_gpu: bool = False
+    by_preset: bool = False
 
 
 PEERS = {
@@ -31,6 +35,37 @@ PEERS = {
     "P6": "mmgp",
     "P7": "4-bit weights expanded by comfy-kitchen at every call",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A command for a machine with a GPU. minutes: estimated for an H200 by arithmetic, not measured."""
+
+    command: str
+    minutes: float
+    settles: str
+
+
+_BIG = "python -m tests.support.big_model write BIG --kind"
+_BENCH = "python wgp.py bench --scratch /dev/shm"
+
+# In order of value: who has half an hour gets as far as he gets. What was measured stays when a run is cut short.
+SESSIONS: tuple[Session, ...] = (
+    Session(f"{_BENCH} --cases B0,B1 --peers P1", 4, "the roofs, bf16 and int8 forwards of every size, diffusers"),
+    Session(f"{_BENCH} --cases B2", 6, "every packed format, its error, quanto, dynamic FP8, expanding at every call"),
+    Session(f"{_BENCH} --cases B7,B8,B4 --peers P1 --repeats 5", 4, "text encoder, VAE, pictures at a time"),
+    Session(f"{_BENCH} --cases B3 --peers P1 --repeats 3", 4, "whole pictures; guidance, NAG, LoRAs, ControlNet"),
+    Session(f"{_BIG} bf16 && {_BIG} int8", 2, "the files that whole programs draw with, 32 GB in random numbers"),
+    Session(f"{_BENCH} --cases B6 --preset z_image,z_image_int8 --ckpts BIG --repeats 1", 3,
+            "cold starts, peaks of memory, second pictures, changes of model"),
+    Session(f"{_BENCH} --cases B5 --preset z_image,z_image_int8 --ckpts BIG --repeats 1 --caps 6,3.5,1.5", 8,
+            "streaming under caps, diffusers' offloading, mmgp"),
+    Session(f"{_BENCH} --cases B1 --peers P1,P2", 8, "diffusers compiled"),
+    Session(f"{_BENCH} --cases B9,B10 --repeats 5", 3, "growth; what a LoRA adds"),
+    Session(f"{_BIG} int4 && {_BIG} fp4", 1, "SVDQuant files, 9 GB"),
+    Session(f"{_BENCH} --cases B5,B6 --preset z_image_nunchaku_r256_int4,z_image_nunchaku_r128_fp4 --ckpts BIG "
+            "--peers none --repeats 1 --caps 4,3,1.5", 4, "4-bit goals of memory"),
+)  # fmt: skip
 
 # Compiling takes minutes of what a run may take, so this one is asked for by name.
 ON_REQUEST = frozenset({"P2"})
@@ -49,9 +84,9 @@ CASES: tuple[Case, ...] = (
     Case("B4", "pictures at a time", "1024x1024, 1 to 16 pictures", "ms for all, peak memory", ("P1", "P2"),
          needs_gpu=True),
     Case("B5", "a cap on GPU memory, the whole program", "1024x1024, 8 forwards, 24 to 1.5 GB", "s, peak memory",
-         ("P5", "P6"), needs_gpu=True),
+         ("P5", "P6"), needs_gpu=True, by_preset=True),
     Case("B6", "cold start, second pictures, changes of model: the whole program", "1024x1024, 8 forwards",
-         "s by stage, peak memory", ("P1",), needs_gpu=True),
+         "s by stage, peak memory", ("P1",), needs_gpu=True, by_preset=True),
     Case("B7", "text encoder", "20, 100, 512 tokens, and one known already", "ms, error", ("P1",), needs_gpu=True),
     Case("B8", "VAE decode, whole and tiled", _PICTURES, "ms, peak memory, error", ("P1",), needs_gpu=True),
     Case("B9", "growth of time and memory with the picture", _PICTURES, "ms per TFLOP, GB per megapixel", ("P1", "P2"),
@@ -63,7 +98,8 @@ CASES: tuple[Case, ...] = (
     Case("C2", "small models", "dim 256, 512, 768; 96 and 320 tokens; float32 and bf16", "CPU ms, error", ("P1", "P2")),
     Case("C3", "one block of real width, in every kind of weight", "dim 3840; 384 to 4224 tokens", "CPU ms, error",
          ("P1", "P2", "P3", "P7")),
-    Case("C4", "the whole program on a CPU", "256x256, 2 and 8 forwards and decode", "CPU s, peak memory"),
+    Case("C4", "the whole program on a CPU", "256x256, 2 and 8 forwards and decode", "CPU s, peak memory",
+         by_preset=True),
     Case("C5", "opening and mapping a large file", "12.3 GB and 4.4 GB in bf16, two layouts", "s, own memory",
          ("P1", "P6")),
     Case("C6", "schedule of streamed weights, simulated", "34 blocks through a link of 12 to 50 GB/s",

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from shared.bench import charts, figures
 from shared.bench.card import label
-from shared.bench.cases import CASES
+from shared.bench.cases import CASES, SESSIONS
 from shared.bench.floors import best_rate
 from shared.bench.goals import GOALS, Goal
 from shared.bench.machine import Machine
 from shared.bench.results import Record, Results, Row
-from shared.bench.verdict import Verdict, judge, latest
+from shared.bench.verdict import Verdict, current, judge, latest
 
 PAGE = "docs/benchmarks.md"
 _IMAGES = "docs/images/bench_{}.svg"
@@ -46,7 +46,14 @@ def render(results: Sequence[Results], goals: Sequence[Goal] = GOALS, root: Path
     verdicts = [judge(goal, results) for goal in goals]
     machines = _numbered([result.machine for result in results])
     images = dict(_plots(results))
-    parts = [_HEAD, *_machines(machines), *_goal_tables(verdicts, machines), *_open_goals(verdicts), *_pictures(images)]
+    parts = [
+        _HEAD,
+        *_sessions(),
+        *_machines(machines),
+        *_goal_tables(verdicts, machines),
+        *_open_goals(verdicts),
+        *_pictures(images),
+    ]
     parts += _cases(results, machines)
     found = {PAGE: "\n".join(parts).rstrip() + "\n", **{name: text for name, (_, text) in images.items()}}
     return found | (dict(figures.texts(root, results)) if root else {})
@@ -56,6 +63,19 @@ def _numbered(machines: Sequence[Machine]) -> dict[str, tuple[str, Machine]]:
     """Slug -> (M1, M2, ...; the machine)."""
     distinct = {machine.slug: machine for machine in machines}
     return {slug: (f"M{i}", distinct[slug]) for i, slug in enumerate(sorted(distinct), 1)}
+
+
+def _sessions() -> Iterator[str]:
+    """What to type where there is a GPU, the most valuable first."""
+    yield (
+        f"With a GPU, in order of value ({sum(s.minutes for s in SESSIONS):g} minutes in all on an H200 with 64 GB of "
+        "disk, estimated; BIG is a folder; every comparison is kept as soon as it is made, so a run may be cut short):\n"
+    )
+    yield _row(("Command", "Minutes", "Tells"))
+    yield _row(("---", "---:", "---"))
+    for session in SESSIONS:
+        yield _row((f"`{session.command}`", f"{session.minutes:g}", session.settles))
+    yield ""
 
 
 def _machines(machines: Mapping[str, tuple[str, Machine]]) -> Iterator[str]:
@@ -110,12 +130,12 @@ def _pictures(images: Mapping[str, tuple[str, str]]) -> Iterator[str]:
 
 
 def _cases(results: Sequence[Results], machines: Mapping[str, tuple[str, Machine]]) -> Iterator[str]:
-    """Every case's newest record, all rows."""
+    """Every case's newest record, all rows; below it earlier ones with other presets."""
     yield "## All figures\n"
-    newest = latest(results)
+    known = current(results)
     for case in CASES:
-        for (slug, name), (_, record) in sorted(newest.items()):
-            if name == case.id:
+        for slug, name in sorted(known):
+            for _, record in known[slug, name] if name == case.id else ():
                 yield f"### {case.id} on {machines[slug][0]}: {case.what}\n"
                 yield f"{case.shapes}. {record.how}. {record.date[:10]}, commit {record.commit}, {_versions(record)}.\n"
                 yield from _rows(record)
@@ -150,27 +170,44 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _plots(results: Sequence[Results]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _plots(results: Sequence[Results]) -> Iterator[Plot]:
     """(file, (caption, SVG)) of what there are figures for, from the newest records."""
     newest = latest(results)
+    drawn: set[str] = set()
     for (slug, case), (machine, record) in sorted(newest.items()):
-        if case == "C3":
-            roof = newest.get((slug, "C0"))
-            yield from _block_plots(record, roof[1] if roof else None, machine)
-        if case == "C4":
-            yield from _program_plot(record, machine)
-        if case == "B1":
-            yield from _forward_plot(record, newest.get((slug, "B0")), machine)
+        for name, plot in _plots_of(case, record, machine, lambda case, slug=slug: newest.get((slug, case))):  # type: ignore[misc]
+            yield _IMAGES.format(f"{name}_{slug}" if name in drawn else name), plot
+            drawn.add(name)
 
 
-def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iterator[tuple[str, tuple[str, str]]]:
+Plot = tuple[str, tuple[str, str]]
+
+
+def _plots_of(
+    case: str, record: Record, machine: Machine, find: Callable[[str], tuple[Machine, Record] | None]
+) -> Iterator[Plot]:
+    """(short name, (caption, SVG)) of a case. find: another case of the same machine."""
+    if case == "C3":
+        roof = find("C0")
+        yield from _block_plots(record, roof[1] if roof else None, machine)
+    if case == "C4":
+        yield from _program_plot(record, machine)
+    if case == "B1":
+        yield from _forward_plot(record, find("B0"), machine)
+    if case == "B2":
+        yield from _format_plot(record, machine)
+    if case == "B6":
+        yield from _vram_plot(record, machine)
+
+
+def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iterator[Plot]:
     where = f"one thread of {machine.cpu}"
     grown = [
         row for row in record.rows if row.row.startswith("growth, ") and {"ms", "tokens", "gflop"} <= row.values.keys()
     ]
     if grown:
         rate = 0.0 if roofs is None else max(_roof(roofs), *(_rate(r) for r in grown if r.who in _IN_BF16))
-        yield _IMAGES.format("time"), _time_plot(grown, rate, f"One block of real width, bf16 and int8, {where}")
+        yield "time", _time_plot(grown, rate, f"One block of real width, bf16 and int8, {where}")
     weights = {
         row.who.removeprefix("ours ").replace("ours", "bf16"): float(row.values["weight_bytes"]) / 1e6
         for row in record.rows
@@ -178,7 +215,7 @@ def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iter
     }
     if weights:
         title = "Weights of one block by variant (the network has 34)"
-        yield _IMAGES.format("memory"), (title, charts.bars(title, "MB", weights, unit="MB"))
+        yield "memory", (title, charts.bars(title, "MB", weights, unit="MB"))
     placed = {
         label(row.who): (float(row.values["ms"]), float(row.values["error"]))
         for row in record.rows
@@ -187,10 +224,10 @@ def _block_plots(record: Record, roofs: Record | None, machine: Machine) -> Iter
     if placed:
         title = f"Speed and error of one block, 1024 tokens, {where}"
         drawn = charts.points(title, "CPU ms", "relative error against float32", placed)
-        yield _IMAGES.format("error"), (title, drawn)
+        yield "error", (title, drawn)
 
 
-def _program_plot(record: Record, machine: Machine) -> Iterator[tuple[str, tuple[str, str]]]:
+def _program_plot(record: Record, machine: Machine) -> Iterator[Plot]:
     """The most RAM that each model took, all of it and what was the program's own."""
     most: dict[str, float] = {}
     for row in record.rows:
@@ -200,18 +237,39 @@ def _program_plot(record: Record, machine: Machine) -> Iterator[tuple[str, tuple
                 most[name] = max(most.get(name, 0.0), float(row.values[key]) * 2**20 / 1e9)
     if most:
         title = f"RAM of the whole program at 256x256, one thread of {machine.cpu}"
-        yield _IMAGES.format("ram"), (title, charts.bars(title, "GB", most, unit="GB"))
+        yield "ram", (title, charts.bars(title, "GB", most, unit="GB"))
 
 
-def _forward_plot(
-    record: Record, roofs: tuple[Machine, Record] | None, machine: Machine
-) -> Iterator[tuple[str, tuple[str, str]]]:
+def _forward_plot(record: Record, roofs: tuple[Machine, Record] | None, machine: Machine) -> Iterator[Plot]:
     rows = [
         row for row in record.rows if row.row.endswith("caption 100") and {"ms", "tokens", "gflop"} <= row.values.keys()
     ]
     if rows:
         rate = _roof(roofs[1]) if roofs else 0.0
-        yield _IMAGES.format("forward"), _time_plot(rows, rate, f"One forward in bf16, {machine.gpu}")
+        yield "forward", _time_plot(rows, rate, f"One forward in bf16, {machine.gpu}")
+
+
+def _format_plot(record: Record, machine: Machine) -> Iterator[Plot]:
+    """Every format's forward and its error; our bf16 once."""
+    placed = {
+        label(row.who): (float(row.values["ms"]), float(row.values["error"]))
+        for row in record.rows
+        if {"ms", "error"} <= row.values.keys() and float(row.values["error"]) > 0
+    }
+    if placed:
+        title = f"Speed and error of a forward, 1024x1024, {machine.gpu}"
+        yield "formats", (title, charts.points(title, "ms", "relative error against our bf16", placed))
+
+
+def _vram_plot(record: Record, machine: Machine) -> Iterator[Plot]:
+    most = {
+        row.row.removesuffix(", 1024x1024"): float(row.values["peak_vram_mb"]) * 2**20 / 1e9
+        for row in record.rows
+        if row.row.endswith(", 1024x1024") and row.who == "ours" and "peak_vram_mb" in row.values
+    }
+    if most:
+        title = f"GPU memory of the whole program at 1024x1024, {machine.gpu}"
+        yield "vram", (title, charts.bars(title, "GB", most, unit="GB"))
 
 
 def _time_plot(rows: Sequence[Row], rate: float, title: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -74,9 +75,13 @@ class Results:
         return {"format": FORMAT, "machine": self.machine.as_dict(), "cases": cases}
 
 
-def default_path(machine: Machine, date: str) -> Path:
-    """Where a run's results go unless said otherwise. date: ISO 8601, of which the day counts."""
-    return FOLDER / f"{machine.slug}_{date[:10]}.json"
+def default_path(machine: Machine, date: str, of: str = "") -> Path:
+    """Where a run's results go unless said otherwise. date: ISO 8601, of which the day counts.
+
+    of: the presets and caps that were asked for; others' results of the day are not to be replaced by these.
+    """
+    words = re.sub(r"[^a-z0-9.]+", "-", of.lower()).strip("-")
+    return FOLDER / f"{machine.slug}_{date[:10]}{'_' if words else ''}{words}.json"
 
 
 def read(path: Path) -> Results:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shared.bench.card import label
+from shared.bench.cases import CASES
 from shared.bench.floors import Find
 from shared.bench.goals import Check, Goal, Hardware
 from shared.bench.machine import Machine
 from shared.bench.results import Record, Results
+
+_BY_PRESET = frozenset(case.id for case in CASES if case.by_preset)
 
 # (machine, case) -> its newest record.
 Newest = dict[tuple[str, str], tuple[Machine, Record]]
@@ -59,15 +62,30 @@ def judge(goal: Goal, results: Sequence[Results]) -> Verdict:
     )
 
 
-def latest(results: Sequence[Results]) -> Newest:
-    """(machine, case) -> its newest record."""
-    found: Newest = {}
+def current(results: Sequence[Results]) -> dict[tuple[str, str], list[tuple[Machine, Record]]]:
+    """(machine, case) -> its newest record; of a case by presets the earlier ones, too, with what no newer one has."""
+    found: dict[tuple[str, str], list[tuple[Machine, Record]]] = {}
     for result in results:
         for case, record in result.cases.items():
-            key = (result.machine.slug, case)
-            if key not in found or record.date >= found[key][1].date:
-                found[key] = (result.machine, record)
-    return found
+            found.setdefault((result.machine.slug, case), []).append((result.machine, record))
+    for key, records in found.items():
+        seen: set[tuple[str, str]] = set()
+        kept: list[tuple[Machine, Record]] = []
+        for machine, record in sorted(records, key=lambda known: known[1].date, reverse=True):
+            rows = tuple(row for row in record.rows if (row.row, row.who) not in seen)
+            seen |= {(row.row, row.who) for row in rows}
+            if rows and (not kept or key[1] in _BY_PRESET):
+                kept.append((machine, replace(record, rows=rows)))
+        found[key] = kept
+    return {key: records for key, records in found.items() if records}
+
+
+def latest(results: Sequence[Results]) -> Newest:
+    """(machine, case) -> its newest record, with the rows that only earlier ones have behind its own."""
+    return {
+        key: (records[0][0], replace(records[0][1], rows=tuple(row for _, record in records for row in record.rows)))
+        for key, records in current(results).items()
+    }
 
 
 def _runs(

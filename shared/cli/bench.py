@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="timed turns of each row, programs run for B5, B6, C4 (default: 10, fewer of slow ones)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", metavar="FILE", help="result file to merge into (default: one for this machine and day)"
+        "--out", metavar="FILE", help="result file to merge into (default: one for this machine, day, presets and caps)"
     )
     parser.add_argument(
         "--scratch", metavar="DIR", help="folder for large files while measuring (default: the system's)"
@@ -87,7 +87,8 @@ def _measure(ctx: AppContext, args: argparse.Namespace, chosen: Sequence[Any], p
     flags = [word for folder in vars(args).get("ckpts") or () for word in ("--ckpts", str(Path(folder).absolute()))]
     work = find_work(ctx.families, ctx.root, presets, flags, _caps(args.caps))
     machine = this_machine()
-    path = Path(args.out) if args.out else results.default_path(machine, f"{datetime.now(UTC):%Y-%m-%d}")
+    day, of = f"{datetime.now(UTC):%Y-%m-%d}", f"{args.preset} {args.caps}"
+    path = Path(args.out) if args.out else results.default_path(machine, day, of)
     results.read_own(path, machine)  # another machine's is refused before minutes are spent
 
     def keep(record: Record) -> None:  # after each comparison, so that what follows cannot lose it

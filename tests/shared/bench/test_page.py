@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import shlex
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +12,13 @@ import pytest
 
 from shared.bench import charts
 from shared.bench.card import label
-from shared.bench.cases import PEERS
+from shared.bench.cases import CASES, PEERS, SESSIONS, select_cases, select_peers
 from shared.bench.goals import GOALS, Check, Goal
 from shared.bench.machine import Machine
 from shared.bench.page import PAGE, render
 from shared.bench.results import Record, Results, Row, read_all
-from shared.bench.verdict import judge
-from shared.cli.bench import bench
+from shared.bench.verdict import current, judge, latest
+from shared.cli.bench import _caps, add_arguments, bench
 
 PROGRAM = Path(__file__).parents[3]
 
@@ -94,6 +96,56 @@ def test_a_goal_for_one_gpu_is_not_judged_by_another(machine: Machine, record: R
         ("H200", "NVIDIA H200"): True, ("H200", "NVIDIA A10"): None,
         ("GPU", "NVIDIA H200"): True, ("GPU", "NVIDIA A10"): True,
     }  # fmt: skip
+
+
+def drawn(preset: str, seconds: float, date: str, record: Record) -> Record:
+    rows = (Row(f"{preset}, no cap", "ours", {"denoise_seconds": seconds, "forwards": 8}),)
+    return replace(record, case="B5", date=date, rows=rows)
+
+
+def test_a_run_of_other_presets_leaves_what_was_measured(machine: Machine, record: Record) -> None:
+    card = replace(machine, gpu="NVIDIA H200")
+    days = [
+        drawn("z_image", 1.0, "2026-01-01", record), drawn("demo", 2.0, "2026-01-02", record),
+        drawn("demo", 3.0, "2026-01-03", record),
+    ]  # fmt: skip
+    files = [Results(card, {"B5": day}) for day in days]
+
+    shown = current(files)[card.slug, "B5"]
+    whole = latest(files)[card.slug, "B5"][1]
+
+    assert [(found.date, found.rows[0].row) for _, found in shown] == [
+        ("2026-01-03", "demo, no cap"), ("2026-01-01", "z_image, no cap"),
+    ]  # fmt: skip
+    assert [row.values["denoise_seconds"] for row in whole.rows] == [3.0, 1.0]
+    assert render(files)[PAGE].count("### B5 on M1") == 2
+
+
+def test_of_other_cases_the_newest_run_counts_alone(machine: Machine, record: Record) -> None:
+    renamed = replace(record, date="2026-02-01", rows=(Row("another row", "ours", {"ms": 1.0}),))
+
+    found = latest([Results(machine, {"C1": record}), Results(machine, {"C1": renamed})])
+
+    assert [row.row for row in found[machine.slug, "C1"][1].rows] == ["another row"]
+
+
+def test_commands_for_a_gpu_are_such_as_can_be_typed_and_leave_no_case_out() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parser.add_argument("--ckpts")
+    chosen: list[str] = []
+
+    for session in SESSIONS:
+        words = shlex.split(session.command)
+        if words[1] != "wgp.py":
+            continue
+        args = parser.parse_args(words[3:])
+        select_peers(args.peers)
+        assert _caps(args.caps)
+        chosen += [case.id for case in select_cases(args.cases)]
+
+    assert set(chosen) == {case.id for case in CASES if case.needs_gpu}
+    assert all(f"`{session.command}`" in render([])[PAGE] for session in SESSIONS)
 
 
 def test_the_page_lists_what_is_missing_and_what_fell_short(machine: Machine, record: Record) -> None:
@@ -200,6 +252,42 @@ def test_memory_of_the_whole_program_is_drawn_with_its_own_share(machine: Machin
     text = plotted(machine, replace(record, case="C4", rows=rows))["docs/images/bench_ram.svg"]
 
     assert {"z_image_int8", "8.24 GB", "z_image_int8, own", "4.67 GB"} <= set(ET.fromstring(text).itertext())
+
+
+def test_plots_of_a_gpu_are_its_own_beside_those_of_a_cpu(machine: Machine, record: Record) -> None:
+    card = replace(machine, gpu="NVIDIA H200")
+    formats = tuple(
+        Row(f"{kind}, 1024x1024", who, {"ms": ms, "error": error})
+        for kind in ("int8", "nvfp4")
+        for who, ms, error in ((f"ours {kind}", 50.0, 0.01), ("ours bf16", 80.0, 0.0))
+    )
+    memory = tuple(
+        Row(f"{preset}, {side}", "ours", {"peak_vram_mb": mib})
+        for preset, side, mib in (("z_image", "1024x1024", 12000.0), ("z_image_int8", "1024x1024", 6000.0),
+                                  ("z_image_int8", "2048x2048", 7000.0))
+    )  # fmt: skip
+    forward = tuple(
+        Row(f"{side}x{side}, caption 100", "ours", {"ms": ms, "tokens": tokens, "gflop": 100.0 * ms})
+        for side, ms, tokens in ((512, 18.0, 1152), (1024, 80.0, 4224))
+    )
+    roofs = (Row("1152 x 64 x 64", "raw bf16", {"ms": 1.0, "gflop": 790.0}),)
+    rows = {"B0": roofs, "B1": forward, "B2": formats, "B6": memory}
+
+    files = plotted(card, *(replace(record, case=case, rows=found) for case, found in rows.items()))
+
+    words = {name: set(ET.fromstring(text).itertext()) for name, text in files.items() if name != PAGE}
+    assert {"512x512", "1024x1024", "floor in bf16", "ours"} <= words["docs/images/bench_forward.svg"]
+    assert {"ours int8", "ours nvfp4"} <= words["docs/images/bench_formats.svg"]
+    assert {"z_image", "12.6 GB", "z_image_int8", "6.29 GB"} <= words["docs/images/bench_vram.svg"]
+
+
+def test_a_second_machines_plots_do_not_replace_the_firsts(machine: Machine, record: Record) -> None:
+    rows = (Row("z_image, 256x256, 2 forwards", "ours", {"peak_rss_mb": 7859.0}),)
+    known = {"C4": replace(record, case="C4", rows=rows)}
+
+    names = set(render([Results(machine, known), Results(replace(machine, cpu="Another"), known)], [])) - {PAGE}
+
+    assert names == {"docs/images/bench_ram.svg", "docs/images/bench_ram_some-cpu-4-cores.svg"}
 
 
 def test_the_floor_is_dashed() -> None:

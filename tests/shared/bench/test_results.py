@@ -79,7 +79,9 @@ def test_a_file_of_a_later_format_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_is_named_after_the_machine_and_the_day(machine: Machine) -> None:
     assert default_path(machine, "2026-01-02T03:04:05Z") == FOLDER / "some-cpu-4-cores_2026-01-02.json"
-    assert default_path(replace(machine, gpu="NVIDIA H200"), "2026-01-02").name == "nvidia-h200_2026-01-02.json"
+    card = replace(machine, gpu="NVIDIA H200")
+    assert default_path(card, "2026-01-02").name == "nvidia-h200_2026-01-02.json"
+    assert default_path(card, "2026-01-02", "demo,b 6,1.5").name == "nvidia-h200_2026-01-02_demo-b-6-1.5.json"
 
 
 def test_every_result_that_comes_with_the_program_is_readable() -> None:
