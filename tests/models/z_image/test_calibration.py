@@ -18,20 +18,9 @@ from shared.app.inspection import inspect_path
 from shared.app.quantize import QuantizeRequest, quantize
 from shared.cli.quantize import report_text
 from tests.support.tiny_model import TINY
+from tests.support.tiny_preset import TINY_PRESET
 
-PRESET = {
-    "model": {
-        "name": "Tiny",
-        "architecture": "z_image",
-        "URLs": ["file:tiny/transformer.safetensors"],
-        "text_encoder_URLs": ["file:tiny/text_encoder/model.safetensors"],
-        "text_encoder_folder": "file:tiny/text_encoder",
-        "VAE_URLs": ["file:tiny/vae/diffusion_pytorch_model.safetensors"],
-        "description": "Tiny.",
-    },
-    "resolution": "1024x1024",
-    "num_inference_steps": 2,
-}
+PRESET = {"model": {**TINY_PRESET, "description": "Tiny."}, "resolution": "1024x1024", "num_inference_steps": 2}
 
 
 @pytest.fixture

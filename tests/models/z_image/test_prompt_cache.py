@@ -20,19 +20,9 @@ from shared.app.events import Event, Status, StepDone
 from shared.app.families import load_families
 from shared.app.settings import GenerationSettings
 from shared.quant.errors import UserError
+from tests.support.tiny_preset import TINY_PRESET
 
-PRESET = {
-    "model": {
-        "name": "Tiny",
-        "architecture": "z_image",
-        "URLs": ["file:tiny/transformer.safetensors"],
-        "text_encoder_URLs": ["file:tiny/text_encoder/model.safetensors"],
-        "text_encoder_folder": "file:tiny/text_encoder",
-        "VAE_URLs": ["file:tiny/vae/diffusion_pytorch_model.safetensors"],
-    },
-    "resolution": "32x48",
-    "num_inference_steps": 2,
-}
+PRESET = {"model": TINY_PRESET, "resolution": "32x48", "num_inference_steps": 2}
 
 
 @pytest.fixture

@@ -18,10 +18,11 @@ from shared.app.device import DeviceInfo
 from shared.app.doctor import Report, TorchFacts, examine, software
 from shared.app.doctor.nunchaku import nunchaku_facts
 from shared.app.doctor.self_test import SELF_TEST_SEED, draw_self_test
-from shared.app.kernel_report import PROBES, KernelChoice, kernel_choices
+from shared.app.kernel_report import KernelChoice
 from shared.ops import triton_ready
 from shared.quant.errors import UserError
-from tests.support.fake_family import FakeHandler, FakeProcessor, fake_context, write_preset
+from tests.support.doctors import doctors_context
+from tests.support.fake_family import FakeHandler, FakeProcessor
 
 CUDA = TorchFacts(version="2.13.0+cu130", build="CUDA 13.0", driver="580.65")
 
@@ -33,12 +34,7 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(
-        "shared.app.doctor.device_facts.kernel_choices",
-        lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish),
-    )
-    write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
-    return fake_context(tmp_path, handler)
+    return doctors_context(tmp_path, handler, monkeypatch)
 
 
 def words(report: Report) -> list[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from shared.app.offload import MIB, PROFILES, Profile, weight_bytes
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.garbage import quick_collections
+from tests.support.streamed_network import Layer
 
 pytest.importorskip("mmgp")
 from shared.app.mmgp_engine import MmgpOffload, restore_safetensors
@@ -28,16 +29,6 @@ SMALL_GPU = 8 * 2**20
 LIMIT = 2 * 2**20
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.down = nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
 class Network(nn.Module):
     """A stack like a transformer's, with a parameter of its own, a packed buffer, and a second entry point."""
 
@@ -47,7 +38,7 @@ class Network(nn.Module):
         super().__init__()
         self.token = nn.Parameter(torch.randn(WIDTH))
         self.register_buffer("codes", torch.arange(WIDTH).to(torch.uint8))
-        self.layers = nn.ModuleList(Block() for _ in range(BLOCKS))
+        self.layers = nn.ModuleList(Layer(WIDTH) for _ in range(BLOCKS))
 
     def embed(self, x: Tensor) -> Tensor:
         return x + self.token + self.codes.to(self.token.dtype) / 256

@@ -14,11 +14,12 @@ from rich.console import Console
 from shared.app.advice import Advice, Verdict
 from shared.app.context import AppContext
 from shared.app.doctor import NunchakuFacts, Problem, Report, SystemFacts, examine
-from shared.app.kernel_report import PROBES, KernelChoice, Refusal, kernel_choices
+from shared.app.kernel_report import PROBES, KernelChoice, Refusal
 from shared.cli import commands
 from shared.cli.doctor_report import print_report
 from shared.cli.parser import build_parser, parse_arguments
-from tests.support.fake_family import FakeHandler, fake_context, fake_families, write_preset
+from tests.support.doctors import doctors_context
+from tests.support.fake_family import FakeHandler, fake_families
 
 PROGRAM = Path(__file__).parents[3]
 
@@ -30,12 +31,7 @@ def handler() -> FakeHandler:
 
 @pytest.fixture
 def ctx(tmp_path: Path, handler: FakeHandler, monkeypatch: pytest.MonkeyPatch) -> AppContext:
-    monkeypatch.setattr(
-        "shared.app.doctor.device_facts.kernel_choices",
-        lambda *machine, **wish: kernel_choices(*machine, PROBES[:1], **wish),
-    )
-    write_preset(tmp_path, "z_image_demo", settings={"prompt": "a fox"})
-    return fake_context(tmp_path, handler)
+    return doctors_context(tmp_path, handler, monkeypatch)
 
 
 def run(ctx: AppContext, *arguments: str) -> int:
