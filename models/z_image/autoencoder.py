@@ -94,9 +94,7 @@ def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | BandedDe
     whole = not tile or max(latents.shape[-2:]) <= tile
     if isinstance(quick, BandedDecoder):
         each = [quick.prepare(one[None]) for one in z]
-        pictures = [
-            quick.decode(one, sparing=tile > 0) if whole else decode_tiled(quick.decoder, one, tile) for one in each
-        ]
+        pictures = [quick.decode(one, sparing=tile > 0) if whole else quick.decode_tiled(one, tile) for one in each]
         picture = torch.cat(pictures)
     elif quick is not None:
         z = _before_decoder(vae, z).to(quick.conv_in.weight.dtype)

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.z_image.quick_decoder import four_places, rounded_decoder
+from models.z_image.tiled_decoder import enlarge_tiled
 from shared.ops import maps
 from shared.ops.maps import MapOperations, eager
 
@@ -99,17 +100,9 @@ class BandedDecoder:
         sparing: as in the table above; else what is computed once is stored, which takes a seventh fewer products and
         twice the memory.
         """
-        walk = _Walk(
-            maps.implementation(z.device),
-            self.decoder.conv_norm_out.num_groups,
-            SPARING_PIECE if sparing else AMPLE_PIECE,
-        )
-        decoder = self.decoder
-        x = walk.enter(decoder.conv_in, z)
-        x = walk.residual(decoder.mid_block.resnets[0], x)
-        for attention, block in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
-            x = walk.residual(block, x if attention is None else walk.attention(attention, x))
-        *first, last = decoder.up_blocks
+        walk = self._walk(z.device, SPARING_PIECE if sparing else AMPLE_PIECE)
+        x = walk.to_the_middle(self.decoder, z)
+        *first, last = self.decoder.up_blocks
         skip = self._skip if sparing else None
         for stage in first:
             for block in stage.resnets:
@@ -121,7 +114,15 @@ class BandedDecoder:
             x = walk.double_and_residual(first[-1].upsamplers[0], blocks.pop(0), skip, x)
         for block in blocks:
             x = walk.residual_again(block, x) if sparing and block.conv_shortcut is None else walk.residual(block, x)
-        return walk.leave(decoder.conv_norm_out, self._colours, x)
+        return walk.leave(self.decoder.conv_norm_out, self._colours, x)
+
+    def decode_tiled(self, z: Tensor, tile: int) -> Tensor:
+        """The same in tiles of `tile` latent cells, whole activations in RAM: see tiled_decoder.py."""
+        middle = self._walk(z.device, SPARING_PIECE).to_the_middle(self.decoder, z).numbers
+        return enlarge_tiled(self.decoder, middle.permute(2, 0, 1)[None], tile)
+
+    def _walk(self, device: torch.device, piece: int) -> _Walk:
+        return _Walk(maps.implementation(device), self.decoder.conv_norm_out.num_groups, piece)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +133,17 @@ class _Walk:
     groups: int
     piece: int
 
-    def enter(self, conv: Module, z: Tensor) -> Map:
-        made = _convolve(conv.weight, F.pad(_rows_of(z), (0, 0, 0, 0, 1, 1)))
-        return Map(made, [self._settle(made, conv.bias, out=made)])
+    def to_the_middle(self, decoder: Module, z: Tensor) -> Map:
+        """The first convolution and the mid block of z (1, 16, h, w)."""
+        made = _convolve(decoder.conv_in.weight, F.pad(_rows_of(z), (0, 0, 0, 0, 1, 1)))
+        x = Map(made, [self._settle(made, decoder.conv_in.bias, out=made)])
+        del made
+        x = self.residual(decoder.mid_block.resnets[0], x)
+        for attention, block in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+            if attention is not None:
+                x = self.attention(attention, x)
+            x = self.residual(block, x)
+        return x
 
     def residual(self, block: Module, x: Map) -> Map:
         """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), which lies where conv1's result did."""
@@ -170,10 +179,10 @@ class _Walk:
         normed = torch.empty_like(source)
         self.ops.normalise(source, *self._factors(x, layer.group_norm), normed, silu=False)
         tokens = normed.view(-1, channels)
-        q, k, v = (F.linear(tokens, part.weight, part.bias) for part in (layer.to_q, layer.to_k, layer.to_v))
-        at_once = max(1, _SCORES // (4 * len(tokens)))
-        for queries, place in zip(q.split(at_once), tokens.split(at_once), strict=True):
-            place.copy_(self._attend(queries, k, v))
+        k, v = (F.linear(tokens, part.weight, part.bias) for part in (layer.to_k, layer.to_v))
+        for some in tokens.split(max(1, _SCORES // (4 * len(tokens)))):
+            some.copy_(self._attend(F.linear(some, layer.to_q.weight, layer.to_q.bias), k, v))
+        del k, v
         out = layer.to_out[0]
         made = F.linear(tokens, out.weight).view(height, width, channels)
         return Map(made, [self._settle(made, out.bias, skip=source, out=made)])

@@ -28,20 +28,27 @@ Module = Any
 Before = Callable[[Tensor], Tensor]
 Window = tuple[slice, slice]
 
+_ROWS = 64  # at a time, where numbers are widened to float32
+
 
 def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
     """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
-    store = torch.device("cpu")
-    x = decoder.mid_block(decoder.conv_in(z)).to(store)
+    return enlarge_tiled(decoder, decoder.mid_block(decoder.conv_in(z)), tile)
+
+
+def enlarge_tiled(decoder: Module, x: Tensor, tile: int) -> Tensor:
+    """What follows the decoder's mid block, on (B, C, h, w): (B, 3, 8h, 8w)."""
+    device = x.device
+    x = x.to("cpu")
     side = tile  # of a tile, in pixels of the activation at hand
     for block in decoder.up_blocks:
         for resnet in block.resnets:
-            x = _resnet(resnet, x, side, z.device)
+            x = _resnet(resnet, x, side, device)
         for upsampler in block.upsamplers or ():
-            x = _convolve(x, upsampler.conv, _upsample, side, z.device, factor=2)
+            x = _convolve(x, upsampler.conv, _upsample, side, device, factor=2)
             side *= 2
-    last = _norm_and_silu(x, decoder.conv_norm_out, z.device)
-    return _convolve(x, decoder.conv_out, last, side, z.device).to(z.device)
+    last = _norm_and_silu(x, decoder.conv_norm_out, device)
+    return _convolve(x, decoder.conv_out, last, side, device).to(device)
 
 
 def _resnet(resnet: Module, x: Tensor, side: int, device: torch.device) -> Tensor:
@@ -93,20 +100,26 @@ def _norm_and_silu(x: Tensor, norm: nn.GroupNorm, device: torch.device) -> Befor
     groups = norm.num_groups
     total = torch.zeros(batch, groups, dtype=torch.float64, device=x.device)
     squares = torch.zeros_like(total)
-    for row in range(0, x.shape[2], 64):  # bands, so that no float32 copy of all of x is made
-        band = x[:, :, row : row + 64].float().reshape(batch, groups, -1)
+    for row in range(0, x.shape[2], _ROWS):
+        band = x[:, :, row : row + _ROWS].float().reshape(batch, groups, -1)
         total += band.sum(-1, dtype=torch.float64)
         squares += band.square().sum(-1, dtype=torch.float64)
     count = x[0].numel() // groups
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=0).add(norm.eps).sqrt()
     per_channel = (batch, groups, channels // groups)
-    mean_C = mean[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
-    deviation_C = deviation[..., None].expand(per_channel).reshape(batch, channels, 1, 1).float().to(device)
+    mean_C = mean[..., None].expand(per_channel).reshape(batch, channels)
+    deviation_C = deviation[..., None].expand(per_channel).reshape(batch, channels)
+    weight, bias = (p.to(mean_C.device, torch.float64) for p in (norm.weight, norm.bias))
+    factor, summand = weight / deviation_C, bias - mean_C / deviation_C * weight
+    factor, summand = (per[..., None, None].float().to(device) for per in (factor, summand))
 
     def apply(crop: Tensor) -> Tensor:
-        weight, bias = (p.to(device).float()[None, :, None, None] for p in (norm.weight, norm.bias))
-        return F.silu((crop.float() - mean_C) / deviation_C * weight + bias).to(crop.dtype)
+        out = torch.empty_like(crop)
+        for row in range(0, crop.shape[2], _ROWS):
+            wide = torch.addcmul(summand, crop[:, :, row : row + _ROWS], factor)
+            out[:, :, row : row + _ROWS] = F.silu(wide, inplace=True)
+        return out
 
     return apply
 
