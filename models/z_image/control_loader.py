@@ -15,14 +15,13 @@ from models.z_image.config import TransformerConfig
 from models.z_image.control_config import ControlConfig, Refiner, release_of
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import slot_of
-from shared.quant.assemble import Part, Plan, check, fill, shapes
+from shared.quant.assemble import Storage, fill
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError
 from shared.quant.formats import layers_of
+from shared.quant.layer_plan import Part, Plan, check, shapes
 
 if TYPE_CHECKING:
-    import torch
-
     from models.z_image.control import ControlBranch
 
 logger = logging.getLogger(__name__)
@@ -95,17 +94,9 @@ def read_control_config(checkpoint: Checkpoint, plan: Plan, trunk_layers: int = 
     )
 
 
-def load_control(
-    checkpoint: Checkpoint,
-    trunk: TransformerConfig,
-    dtype: torch.dtype,
-    *,
-    compute: str = "auto",
-    join: bool = True,
-) -> ControlBranch:
-    """Build the branch that a checkpoint describes beside a trunk of these sizes and fill it, in `dtype`, on the CPU.
+def load_control(checkpoint: Checkpoint, trunk: TransformerConfig, storage: Storage) -> ControlBranch:
+    """Build the branch that a checkpoint describes beside a trunk of these sizes and fill it, on the CPU.
 
-    compute and join are fill()'s.
     Raises LayerMismatchError for a branch of another model's sizes, UnknownFormatError for a packing not known.
     """
     import torch
@@ -118,7 +109,7 @@ def load_control(
     logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
     with torch.device("meta"):
         branch = ControlBranch(trunk, config)
-    fill(branch, plan, dtype, source=str(checkpoint.path), hint=_hint, compute=compute, join=join, widen=not join)
+    fill(branch, plan, storage, source=str(checkpoint.path), hint=_hint)
     return branch.eval().requires_grad_(False)
 
 

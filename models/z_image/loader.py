@@ -11,10 +11,11 @@ from models.z_image.config import TransformerConfig, config_from_shapes
 from models.z_image.control_loader import CONTROL_PREFIX, load_control
 from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
-from shared.quant.assemble import MAPPED_FROM, Part, Plan, check, fill, shapes
+from shared.quant.assemble import MAPPED_FROM, Storage, fill
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
+from shared.quant.layer_plan import Part, Plan, check, shapes
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,7 @@ def load_transformer(
     the transformer's own file is loaded too, unless a second file replaces it.
     compute: how packed layers are multiplied, see shared/quant/kernels.
     keep_mapped: for a model that stays on the CPU: of a large file no weight is copied that can be read as it lies, see
-    fill(join=False, widen=True).
+    Storage's join and widen.
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
     is not known.
     """
@@ -83,21 +84,14 @@ def load_transformer(
     plan = {module: parts for module, parts in whole.items() if not module.startswith(CONTROL_PREFIX)}
     config = read_config(checkpoint, plan)
     model = _without_weights(config)
-    fill(
-        model,
-        plan,
-        dtype,
-        source=str(checkpoint.path),
-        name_missing=_file_names,
-        hint=_hint_for(config),
-        compute=compute,
-        join=not keep_mapped or checkpoint.nbytes < MAPPED_FROM,
-        widen=keep_mapped and checkpoint.nbytes >= MAPPED_FROM,
-    )
+    stays_mapped = keep_mapped and checkpoint.nbytes >= MAPPED_FROM
+    storage = Storage(dtype=dtype, compute=compute, join=not stays_mapped, widen=stays_mapped)
+    fill(model, plan, storage, source=str(checkpoint.path), name_missing=_file_names, hint=_hint_for(config))
     if len(files) > 1 or len(plan) < len(whole):
         branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint
-        join = not keep_mapped or branch.nbytes < MAPPED_FROM
-        model.control = load_control(branch, config, dtype, compute=compute, join=join)
+        stays_mapped = keep_mapped and branch.nbytes >= MAPPED_FROM
+        storage = Storage(dtype=dtype, compute=compute, join=not stays_mapped, widen=stays_mapped)
+        model.control = load_control(branch, config, storage)
     return model.eval().requires_grad_(False)
 
 

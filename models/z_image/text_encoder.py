@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from models.z_image.config import AXES_LENS, SEQUENCE_MULTIPLE
 from models.z_image.gguf_names import with_hugging_face_names
-from shared.quant.assemble import MAPPED_FROM, Part, Plan, fill, shapes
+from shared.quant.assemble import MAPPED_FROM, Storage, fill
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UserError
 from shared.quant.formats import layers_of
+from shared.quant.layer_plan import Part, Plan, shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ def load_text_encoder(
 
     Reads Hugging Face names at any prefix (`model.`, `text_encoders.qwen3_4b.transformer.model.`) and llama.cpp's in
     GGUF files. Its output's last_hidden_state is the whole model's hidden_states[-2]. compute: how packed layers are
-    multiplied. keep_mapped: for a model that stays on the CPU, see fill(widen=True). Raises LayerMismatchError or
+    multiplied. keep_mapped: for a model that stays on the CPU, see Storage's widen. Raises LayerMismatchError or
     UnknownFormatError.
     """
     from accelerate import init_empty_weights
@@ -177,7 +178,7 @@ def load_text_encoder(
     model.norm = nn.Identity()
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
     widen = keep_mapped and checkpoint.nbytes >= MAPPED_FROM
-    fill(model, used, dtype, source=str(checkpoint.path), compute=compute, widen=widen)
+    fill(model, used, Storage(dtype=dtype, compute=compute, widen=widen), source=str(checkpoint.path))
     return model.eval()
 
 

@@ -1,17 +1,18 @@
-"""Fill a model built without weights from a checkpoint's layers, whatever each is packed in: strictly, by row blocks.
+"""Fill a model built without weights from a checkpoint's layers, whatever each is packed in, by row blocks.
 
-A family says where each layer of a file belongs (a `Plan`); this module checks that every parameter is filled exactly
-once by something of the right shape, and puts it there: plain numbers as parameters, packed ones as PackedLinear.
+A family says where each layer of a file belongs (layer_plan.py, which checks that every parameter is filled exactly
+once by something of the right shape); this module puts it there: plain numbers as parameters, packed ones as
+PackedLinear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shared.quant.errors import LayerMismatchError
-from shared.quant.formats import Format, Layer, format_of
+from shared.quant.formats import Format, format_of
+from shared.quant.layer_plan import NameMissing, Part, Plan, check, join_name
 
 if TYPE_CHECKING:
     import torch
@@ -19,72 +20,43 @@ if TYPE_CHECKING:
 
     from shared.quant.linear import JoinedLinear, PackedLinear
 
-
-@dataclass(frozen=True)
-class Part:
-    """A file's layer and the rows of one of our modules that it fills.
-
-    Its i-th equal block of rows is block `blocks[i]` of our module's `of` equal blocks.
-    """
-
-    layer: Layer
-    blocks: tuple[int, ...] = (0,)
-    of: int = 1
-
-    @property
-    def in_order(self) -> bool:
-        return list(self.blocks) == sorted(self.blocks)
-
-
 # Bytes of a file. The linears of a smaller one are better copied: each is one product then, of its own numbers.
 MAPPED_FROM = 2**30
-
 # Packings whose numbers are multiplied from where they lie in the file, by the beginnings of their names.
 _READ_AS_THEY_LIE = ("int8", "fp8", "gguf")
 
-# Our module's (or bare parameter's) name -> what fills it, in the file's order.
-Plan = dict[str, list[Part]]
 
-# How a file would call the blocks of our parameter that are missing: (module, suffix, blocks) -> words.
-NameMissing = Callable[[str, str, Sequence[int]], str]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """How weights are kept: plain numbers in `dtype`, on the CPU.
 
+    compute: how packed layers are multiplied (kernels/__init__.py).
+    join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
+    each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
+    widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
+    each product.
+    """
 
-def shapes(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Our parameter names -> shapes, of the first part that fills each; packed weights as the matrix they stand for."""
-    result: dict[str, tuple[int, ...]] = {}
-    for module, parts in plan.items():
-        layer = parts[0].layer
-        packed = format_of(layer)
-        for suffix, info in layer.tensors.items():
-            result[_join_name(module, suffix)] = info.shape
-        if packed is not None:
-            result[f"{module}.weight"] = packed.shape(layer)
-    return result
+    dtype: torch.dtype
+    compute: str = "auto"
+    join: bool = True
+    widen: bool = False
 
 
 def fill(
     model: nn.Module,
     plan: Plan,
-    dtype: torch.dtype,
+    storage: Storage,
     *,
     source: str,
     name_missing: NameMissing | None = None,
     hint: Callable[[Sequence[str]], str] | None = None,
-    compute: str = "auto",
-    join: bool = True,
-    widen: bool = False,
 ) -> None:
-    """Put every layer of `plan` into `model` (built on the meta device), plain numbers in `dtype`, on the CPU.
+    """Put every layer of `plan` into `model` (built on the meta device).
 
-    source: the file, for errors. hint: given the names nothing here takes, what to tell the user. compute: how packed
-    layers are multiplied (kernels/__init__.py). Plain tensors of the right type and layout stay mapped from disk; what
-    has to be copied is, layer by layer, without its source staying in memory.
-    join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
-    each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
-    widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
-    each product.
-    Raises LayerMismatchError listing the first five missing, doubled, unexpected and misshapen tensors each;
-    UnknownFormatError and CheckpointError as the formats do.
+    source, name_missing, hint: as for check(), whose errors it raises, besides UnknownFormatError and CheckpointError
+    as the formats do. Plain tensors of the right type and layout stay mapped from disk; what has to be copied is, layer
+    by layer, without its source staying in memory.
     """
     from torch import nn
 
@@ -93,99 +65,18 @@ def fill(
         parts = plan[module]
         is_linear = "weight" in parameters and isinstance(model.get_submodule(module), nn.Linear)
         if any(format_of(p.layer) for p in parts):
-            filled = _packed_linear(parts, "bias" in parameters, dtype, compute, join)
+            filled = _packed_linear(parts, "bias" in parameters, storage)
             if is_linear:
                 _replace(model, module, filled)
             else:  # an embedding table, say: nothing multiplies it, so it is unpacked once
                 _set_parameter(model, f"{module}.weight", filled.dequantize())
-        elif is_linear and widen and (halves := _halves(parts, "bias" in parameters, dtype, compute)):
+        elif is_linear and storage.widen and (halves := _halves(parts, "bias" in parameters, storage)):
             _replace(model, module, halves)
-        elif is_linear and not join and (apart := _apart(parts, "bias" in parameters, dtype)):
+        elif is_linear and not storage.join and (apart := _apart(parts, "bias" in parameters, storage.dtype)):
             _replace(model, module, apart)
         else:
             for suffix, shape in parameters.items():
-                _set_parameter(model, _join_name(module, suffix), _plain(parts, suffix, dtype).reshape(shape))
-
-
-def check(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    source: str,
-    name_missing: NameMissing | None = None,
-    hint: Callable[[Sequence[str]], str] | None = None,
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The first half of fill(): whether the plan fills the model, from headers alone, with fill()'s errors.
-
-    Returns our module (or bare parameter) -> suffix -> shape, of everything the model has to be given.
-    """
-    wanted = _wanted(model)
-    _check(plan, wanted, source, name_missing or _plain_names, hint)
-    return wanted
-
-
-def _wanted(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Module (or bare parameter) -> suffix -> shape, of everything the model has to be given."""
-    wanted: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, parameter in model.named_parameters():
-        module, _, suffix = name.rpartition(".")
-        key, suffix = (module, suffix) if suffix in ("weight", "bias") else (name, "")
-        wanted.setdefault(key, {})[suffix] = tuple(parameter.shape)
-    return wanted
-
-
-def _check(
-    plan: Plan,
-    wanted: Mapping[str, Mapping[str, tuple[int, ...]]],
-    source: str,
-    name_missing: NameMissing,
-    hint: Callable[[Sequence[str]], str] | None,
-) -> None:
-    missing, twice, misshapen = [], [], []
-    for module, parameters in wanted.items():
-        parts = plan.get(module, [])
-        filled = [block for p in parts for block in p.blocks]
-        if len(filled) > len(set(filled)):
-            twice.append(" + ".join(p.layer.module for p in parts))
-            continue
-        absent = sorted(set(range(parts[0].of)) - set(filled)) if parts else []
-        for suffix, shape in parameters.items():
-            if not parts or absent:
-                missing.append(name_missing(module, suffix, absent))
-                continue
-            for part in parts:
-                found = _shape(part.layer, suffix)
-                rows = shape[0] * len(part.blocks) // part.of
-                if found is None:
-                    missing.append(_join_name(part.layer.module, suffix))
-                # The pad tokens are (1, dim) in most files and (dim,) in some.
-                elif found not in ((rows, *shape[1:]), shape[1:] if shape[0] == 1 else None):
-                    expected = [rows, *shape[1:]]
-                    misshapen.append(f"{_join_name(part.layer.module, suffix)} is {list(found)}, expected {expected}")
-    unexpected = [n for m, parts in plan.items() for p in parts for n in _unexpected(p.layer, wanted.get(m, {}))]
-    groups = (("missing", missing), ("given twice", twice), ("unexpected", unexpected), ("of another shape", misshapen))
-    problems = [
-        f"{len(found)} {what} ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''})"
-        for what, found in groups
-        if found
-    ]
-    if problems:
-        advice = hint(unexpected) if hint else "The file is truncated or belongs to another model."
-        raise LayerMismatchError(f"{source}: tensors do not fit: {'; '.join(problems)}.", advice)
-
-
-def _shape(layer: Layer, suffix: str) -> tuple[int, ...] | None:
-    packed = format_of(layer)
-    if packed is not None and suffix == "weight":
-        return packed.shape(layer)
-    return layer.tensors[suffix].shape if suffix in layer.tensors else None
-
-
-def _unexpected(layer: Layer, parameters: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Names of a layer's tensors that neither the model nor the layer's format takes."""
-    packed = format_of(layer)
-    taken = set(parameters) | (packed.SUFFIXES if packed is not None and parameters else set())
-    return [info.name for suffix, info in layer.tensors.items() if suffix not in taken]
+                _set_parameter(model, join_name(module, suffix), _plain(parts, suffix, storage.dtype).reshape(shape))
 
 
 def _plain(parts: Sequence[Part], suffix: str, dtype: torch.dtype) -> Tensor:
@@ -220,9 +111,7 @@ def _apart(parts: Sequence[Part], has_bias: bool, dtype: torch.dtype) -> JoinedL
     return JoinedLinear([_plain_linear(rows, bias) for rows, bias in zip(blocks, biases, strict=True)])
 
 
-def _halves(
-    parts: Sequence[Part], has_bias: bool, dtype: torch.dtype, compute: str
-) -> PackedLinear | JoinedLinear | None:
+def _halves(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLinear | JoinedLinear | None:
     """A linear that keeps 16-bit numbers where they lie; None where there are none, or they are wanted as they are."""
     import torch
 
@@ -231,26 +120,30 @@ def _halves(
     from shared.quant.packings.half import Half
 
     loaded = [part.layer.load("weight")[0] for part in parts]
-    if dtype != torch.float32 or any(weight.dtype not in (torch.bfloat16, torch.float16) for weight in loaded):
+    if storage.dtype != torch.float32 or any(weight.dtype not in (torch.bfloat16, torch.float16) for weight in loaded):
         return None
     blocks = _in_order(parts, loaded)
     if len(parts) == 1 and parts[0].in_order:
         blocks = loaded
-    biases = list(_plain(parts, "bias", dtype).chunk(len(blocks))) if has_bias else [None] * len(blocks)
+    biases = list(_plain(parts, "bias", storage.dtype).chunk(len(blocks))) if has_bias else [None] * len(blocks)
     linears = [
-        PackedLinear(Packed(Half(), (rows.shape[0], rows.shape[1]), {"numbers": rows}), bias, dtype, compute=compute)
+        PackedLinear(
+            Packed(Half(), (rows.shape[0], rows.shape[1]), {"numbers": rows}),
+            bias,
+            storage.dtype,
+            compute=storage.compute,
+        )
         for rows, bias in zip(blocks, biases, strict=True)
     ]
     return linears[0] if len(linears) == 1 else JoinedLinear(linears)
 
 
-def _packed_linear(
-    parts: Sequence[Part], has_bias: bool, dtype: torch.dtype, compute: str, join: bool
-) -> PackedLinear | JoinedLinear:
+def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLinear | JoinedLinear:
     """One PackedLinear where the parts can (and are to) be joined, else a JoinedLinear of one layer per block."""
     from shared.quant.linear import JoinedLinear, PackedLinear
     from shared.quant.packing import Packed, join_rows
 
+    dtype, compute = storage.dtype, storage.compute
     bias = _plain(parts, "bias", dtype) if has_bias else None
     blocks: dict[int, Packed | Tensor] = {}
     for part in parts:
@@ -264,7 +157,9 @@ def _packed_linear(
             blocks[block] = whole.take_rows(start, stop) if isinstance(whole, Packed) else whole[start:stop]
     ordered = [blocks[i] for i in sorted(blocks)]
     packed = [b for b in ordered if isinstance(b, Packed)]
-    stays_apart = not join and len(parts) > 1 and all(b.packing.name.startswith(_READ_AS_THEY_LIE) for b in packed)
+    stays_apart = (
+        not storage.join and len(parts) > 1 and all(b.packing.name.startswith(_READ_AS_THEY_LIE) for b in packed)
+    )
     joined = join_rows(packed) if len(packed) == len(ordered) and not stays_apart else None
     if joined is not None:
         return PackedLinear(joined, bias, dtype, compute=compute)
@@ -298,11 +193,3 @@ def _set_parameter(model: nn.Module, name: str, tensor: Tensor) -> None:
 
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
-
-
-def _join_name(module: str, suffix: str) -> str:
-    return f"{module}.{suffix}" if suffix else module
-
-
-def _plain_names(module: str, suffix: str, _blocks: Sequence[int]) -> str:
-    return _join_name(module, suffix)

@@ -19,6 +19,7 @@ from models.z_image.control_config import release_of
 from models.z_image.control_loader import load_control, plan_control, read_control_config
 from models.z_image.text_encoder import load_tokenizer
 from models.z_image.transformer import ZImageTransformer
+from shared.quant.assemble import Storage
 from shared.quant.checkpoint import Checkpoint
 from training import train_control
 from training.captions import KIND_WORDS, PLACE_WORDS
@@ -89,7 +90,7 @@ def test_the_file_is_a_small_fun_controlnet_2_1_that_loads(trunk: ZImageTransfor
     config = read_control_config(checkpoint, plan_control(checkpoint), TRANSFORMER_CONFIG.n_layers)
     assert config == CONFIG
     assert "2.1" in release_of(config)
-    loaded = load_control(checkpoint, TRANSFORMER_CONFIG, torch.float32)
+    loaded = load_control(checkpoint, TRANSFORMER_CONFIG, Storage(dtype=torch.float32))
     torch.testing.assert_close(
         loaded.layers[0].attention.qkv.weight, branch.layers[0].attention.qkv.weight.to(torch.bfloat16).float()
     )

@@ -23,6 +23,7 @@ from models.z_image.control import ControlSignal
 from models.z_image.control_loader import load_control
 from models.z_image.guidance import ClassifierFreeGuidance, NormalizedAttentionGuidance
 from models.z_image.lora import LoraSet
+from shared.quant.assemble import Storage
 from shared.quant.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _controlled(stand: Stand, both: Twins, given: Scene, row: str) -> None:
     path = stand.folder / "control.safetensors"
     save_file({n: t.cpu() for n, t in branch.state_dict().items() if n.startswith("control_")}, path)
     ours = _sharing(both.ours)
-    ours.control = load_control(Checkpoint.open(path), config, both.ours.dtype).to(stand.device)
+    ours.control = load_control(Checkpoint.open(path), config, Storage(dtype=both.ours.dtype)).to(stand.device)
     context = given.latents.flip(-1).to(both.ours.dtype)
     contenders = {"ours": twins.our_loop(ours, given, control=_Control(ControlSignal(context, _CONTROL_WEIGHT)))}
     if stand.wants("P1"):

@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from shared.quant.assemble import Part, Plan
 from shared.quant.checkpoint import Checkpoint
+from shared.quant.layer_plan import Part, Plan
 from shared.quant.targets import Naming, Target
 
 if TYPE_CHECKING:
