@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shared.app.memory_plan import MemoryPlan
+    from shared.app.streamer import Lane
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +136,18 @@ class Offloader(Protocol):
 
 
 class DirectPlacement:
-    """Every module on one device at once: the CPU, or a GPU that has room for all."""
+    """Every module on one device at once: the CPU, or a GPU that has room for all.
+
+    lane: makes what copies to the device; None leaves the copying to torch.
+    """
 
     name = "direct"
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, lane: Callable[[], Lane] | None = None) -> None:
         import torch
 
         self._device = torch.device(device)
+        self._make_lane = lane
         # Weak: a module that nobody uses any more at release() need not travel back to the CPU.
         self._modules: list[weakref.ref[nn.Module]] | None = None
         self._bytes = 0
@@ -159,9 +164,20 @@ class DirectPlacement:
             module.eval().requires_grad_(False)
             if self._device.type == "cpu":
                 align_integer_weights(module)
-            else:
+            elif self._make_lane is None:
                 module.to(self._device)
+        if self._make_lane is not None:
+            self._upload(modules.values(), self._make_lane())
         self._bytes = sum(weight_bytes(module) for module in modules.values())
+
+    @staticmethod
+    def _upload(modules: Iterable[nn.Module], lane: Lane) -> None:
+        from shared.app.streamer.bulk import upload_all
+
+        try:
+            upload_all(modules, lane)
+        finally:
+            lane.close()
 
     def release(self) -> None:
         import torch
@@ -198,7 +214,9 @@ def make_offloader(device: DeviceInfo, plan: MemoryPlan | None, profile: float |
 
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.cap / device.total_memory))
     if plan is not None and plan.engine == "direct":
-        return DirectPlacement("cuda")
+        from shared.app.streamer import CudaLane
+
+        return DirectPlacement("cuda", CudaLane)
     budget = plan.budget if plan is not None else round(WEIGHTS_SHARE * (device.total_memory or 0) / 2)
     lock = plan.lock if plan is not None else ram_bytes() // 2
     if plan is None or plan.engine == "mmgp":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from shared.app.offload import MIB
 from shared.app.stream_schedule import DEPTH, HOST_TABLE_BYTES, choose_resident
 from shared.app.streamer.lane import Ticket
-from shared.app.streamer.parts import Part, leaves_of
+from shared.app.streamer.parts import Part, block_roots, leaves_of
 from shared.app.streamer.uploader import Uploader
 
 
@@ -45,7 +45,7 @@ class StreamedModel:
         self._lent_from: Part | None = None
         self._handles: list[Any] = []
 
-        roots = _block_roots(module)
+        roots = block_roots(module)
         inside = {m for root in roots.values() for m in root.modules()}
         outside = [m for m in module.modules() if m not in inside]
         total = sum(leaf.nbytes for t in (*module.parameters(), *module.buffers()) for leaf in leaves_of(t))
@@ -260,21 +260,6 @@ class StreamedModel:
             if following.memory is None and not self._fetch(following, ahead):
                 return
             on_their_way += following.arrival is not None
-
-
-def _block_roots(module: nn.Module) -> dict[str, nn.Module]:
-    """The children of every ModuleList that stands in no other, by name, in order."""
-    roots: dict[str, nn.Module] = {}
-
-    def search(parent: nn.Module, prefix: str) -> None:
-        for name, child in parent.named_children():
-            if isinstance(child, nn.ModuleList):
-                roots.update((f"{prefix}{name}.{i}", block) for i, block in enumerate(child))
-            else:
-                search(child, f"{prefix}{name}.")
-
-    search(module, "")
-    return roots
 
 
 def _owns_tensors(module: nn.Module) -> bool:

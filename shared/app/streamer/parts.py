@@ -124,6 +124,21 @@ class Part:
         return undo
 
 
+def block_roots(module: nn.Module) -> dict[str, nn.Module]:
+    """The children of every ModuleList that stands in no other, by name, in order."""
+    roots: dict[str, nn.Module] = {}
+
+    def search(parent: nn.Module, prefix: str) -> None:
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ModuleList):
+                roots.update((f"{prefix}{name}.{i}", block) for i, block in enumerate(child))
+            else:
+                search(child, f"{prefix}{name}.")
+
+    search(module, "")
+    return roots
+
+
 def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a tensor is made of: itself, or those inside a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):

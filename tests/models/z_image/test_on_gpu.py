@@ -13,6 +13,7 @@ import torch
 from models.z_image.z_image_main import model_factory
 from shared.app.offload import MIB, PROFILES, DirectPlacement, Offloader, Profile, weight_bytes
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.fake_lane import FakeLane
 from tests.support.garbage import quick_collections
 from tests.support.only_torch import only_torch
 
@@ -78,8 +79,11 @@ def draw(model: model_factory, offloader: Offloader) -> torch.Tensor:
     return pictures.cpu()
 
 
-def test_all_weights_resident_draw_the_cpus_picture(model_folder: Path, gpu: FakeCuda, expected: torch.Tensor) -> None:
-    assert torch.equal(draw(load(model_folder), DirectPlacement("cuda")), expected)
+@pytest.mark.parametrize("lane", [None, FakeLane], ids=["by torch", "by several threads"])
+def test_all_weights_resident_draw_the_cpus_picture(
+    model_folder: Path, gpu: FakeCuda, expected: torch.Tensor, lane: type[FakeLane] | None
+) -> None:
+    assert torch.equal(draw(load(model_folder), DirectPlacement("cuda", lane)), expected)
 
 
 @pytest.mark.parametrize("number", PROFILES)
