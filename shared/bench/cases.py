@@ -81,7 +81,7 @@ CASES: tuple[Case, ...] = (
          ("P2", "P3", "P4", "P7"), needs_gpu=True),
     Case("B3", "a whole picture, warm", "512x512, 1024x1024, 2048x2048, 8 forwards; guided, NAG, LoRAs, ControlNet",
          "s by stage, peak memory", ("P1", "P2"), needs_gpu=True),
-    Case("B4", "pictures at a time", "1024x1024, 1 to 16 pictures", "ms for all, peak memory", ("P1", "P2"),
+    Case("B4", "pictures at a time", "1024x1024 and 512x512, 1 to 16 pictures", "ms for all, peak memory", ("P1", "P2"),
          needs_gpu=True),
     Case("B5", "a cap on GPU memory, the whole program", "1024x1024, 8 forwards, 24 to 1.5 GB", "s, peak memory",
          ("P5", "P6"), needs_gpu=True, by_preset=True),

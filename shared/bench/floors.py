@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from shared.bench.results import Record, Row, Value
 
-# How their rows begin: of attention, of the device's memory, of the link to it.
-ATTENTION, DEVICE_MEMORY, _LINK = "attention", "copy on the device", "pinned copy"
+# How their rows begin: of attention, of the device's memory, of the link to it, of files that are in memory.
+ATTENTION, DEVICE_MEMORY, _LINK, _FILES = "attention", "copy on the device", "pinned copy", "page cache"
 
 # Finds a case's newest record of the machine in question.
 Find = Callable[[str], Record | None]
@@ -70,6 +70,21 @@ class Streamed:
             return None
         computing = 1e3 * float(free["denoise_seconds"]) / float(free["forwards"])
         return max(computing, max(0.0, float(row["weights_gb"]) - float(row["room_gb"])) / rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """Files brought to the GPU: at best at the rate of reading them or of the link, whichever is lower."""
+
+    roofs: str = "B0"
+
+    def ms(self, find: Find, row: Mapping[str, Value]) -> float | None:
+        """Milliseconds; None without the rates, or the files' size in the row."""
+        roofs = find(self.roofs)
+        if roofs is None or "files_gb" not in row:
+            return None
+        rate = min(_rate(roofs.rows, _FILES, "gb"), _rate(roofs.rows, _LINK, "gb", who="raw up"))
+        return float(row["files_gb"]) / rate if rate else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

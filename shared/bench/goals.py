@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from math import floor as whole
 from typing import Literal
 
-from shared.bench.floors import ATTENTION, DEVICE_MEMORY, Network, Streamed, Work, together
+from shared.bench.floors import ATTENTION, DEVICE_MEMORY, Loaded, Network, Streamed, Work, together
 
 Hardware = Literal["H200", "GPU", "CPU"]
 
@@ -39,7 +39,7 @@ class Check:
     at_most: bool = True
     scale: float = 1.0
     unit: str = "ms"
-    floor: Work | Streamed | None = None
+    floor: Work | Streamed | Loaded | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,6 +243,14 @@ GOALS: tuple[Goal, ...] = (
                          versus_row=f"{side}x{side}, caption 100", unit="x"))
         for side, percent in ((768, 12), (512, 25))
     ),
+    Goal(section=GROWTH, metric="bf16 forward, time per FLOP, a caption of 512 tokens against one of 100",
+         goal="within 5 %", hardware="GPU", floor="1 x",
+         check=Check(case="B1", row="1024x1024, caption 100", bound=1.05, per="gflop", versus="ours",
+                     versus_row="1024x1024, caption 512", unit="x")),
+    Goal(section=GROWTH, metric="8 pictures of 512x512 at a time against one", goal="<= 6.8 x its time", hardware="GPU",
+         floor="8 x in arithmetic",
+         check=Check(case="B4", row="8 pictures of 512x512", bound=6.8, versus="ours",
+                     versus_row="1 pictures of 512x512", inverse=True, unit="x")),
     Goal(section=GROWTH, metric="8 pictures at a time against one", goal="<= 7.84 x its time", hardware="GPU",
          floor="8 x in arithmetic",
          check=Check(case="B4", row="8 pictures", bound=7.84, versus="ours", versus_row="1 pictures", inverse=True,
@@ -259,6 +267,13 @@ GOALS: tuple[Goal, ...] = (
     ),
     Goal(section=COLD, metric="loading and first picture, bf16, against diffusers", goal=">= 3 x", hardware="GPU",
          check=_faster("B6", "z_image, 1024x1024", 3, "P1", key="stages_seconds")),
+    *(
+        Goal(section=COLD, metric=f"loading, {name}, of reading's or the link's rate, whichever is lower",
+             goal=">= 70 %", hardware="GPU", floor="100 %",
+             check=Check(case="B6", row=f"{preset}, 1024x1024", key="ready_seconds", scale=1e3, bound=70, at_most=False,
+                         unit="%", floor=Loaded()))
+        for name, preset in (("bf16", "z_image"), ("int8", "z_image_int8"))
+    ),
     Goal(section=COLD, metric="first picture after loading, bf16, against the next", goal="<= 1.5 x its time",
          hardware="GPU", check=Check(case="B6", row="one process: z_image, first picture", key="denoise_seconds",
                                      bound=1.5, versus="ours", versus_row="one process: z_image, second picture",

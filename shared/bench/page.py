@@ -68,8 +68,8 @@ def _numbered(machines: Sequence[Machine]) -> dict[str, tuple[str, Machine]]:
 def _sessions() -> Iterator[str]:
     """What to type where there is a GPU, the most valuable first."""
     yield (
-        f"With a GPU, in order of value ({sum(s.minutes for s in SESSIONS):g} minutes in all on an H200 with 64 GB of "
-        "disk, estimated; BIG is a folder; every comparison is kept as soon as it is made, so a run may be cut short):\n"
+        f"With a GPU, in order of value ({sum(s.minutes for s in SESSIONS):g} minutes in all on an H200, estimated; "
+        "BIG is a folder with 45 GB to spare; every comparison is kept when it is made, so a run may be cut short):\n"
     )
     yield _row(("Command", "Minutes", "Tells"))
     yield _row(("---", "---:", "---"))

@@ -37,6 +37,8 @@ _TIMEOUT = 3600  # seconds
 
 # Steps of the short and of the whole picture on a CPU: what lies between them is forwards and nothing else.
 _FEW, _ALL = 2, 8
+# Every process reads the prompt, as the peer's does.
+_ON_GPU = ("--gpu", "cuda", "--prompt-cache", "0")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -157,10 +159,11 @@ class _Program:
         """Draw on the GPU and keep a row, with what the plan said of weights and room. forget: read files from disk."""
         if not self.stand.wants(who):
             return
-        flags = ["--gpu", "cuda", *flags]
+        flags = [*_ON_GPU, *flags]
         values = self.draw(row, preset, flags, resolution=resolution, steps=_ALL, by="wall", who=who, forget=forget)
         if values is not None:
-            self.stand.record(row, who, {**values, **_room(self.plan(preset, flags, resolution))})
+            plan = self.plan(preset, flags, resolution)
+            self.stand.record(row, who, {**values, **_room(plan), **_sizes(plan)})
 
     def measure_peer(self, row: str, preset: str, *, cap: float = 0.0) -> None:
         """The peer in every way that fits: all on the GPU without a cap, else each way of offloading."""
@@ -190,7 +193,7 @@ class _Program:
         """Two pictures of every preset in one process: the second, and the first after another model's."""
         command = [
             sys.executable, "-m", "shared.bench.one_session", ",".join(self.presets), "1024x1024", str(_ALL), PROMPT,
-            str(self.stand.folder), "--gpu", "cuda", *self.flags,
+            str(self.stand.folder), *_ON_GPU, *self.flags,
         ]  # fmt: skip
         began = time.perf_counter()
         output, why, _ = self._process(command, {})
@@ -308,15 +311,23 @@ def _room(plan: Mapping[str, Any]) -> dict[str, Value]:
     return found | {"predicted_vram_mb": memory["vram_mb"], "engine": memory["engine"]}
 
 
+def _sizes(plan: Mapping[str, Any]) -> dict[str, Value]:
+    """Bytes of all files that are loaded."""
+    size = sum(file.get("bytes") or 0 for file in plan.get("files", ()))
+    return {"files_gb": round(size / 1e9, 3)} if size else {}
+
+
 def _values(result: Mapping[str, Any], wall: float, cpu: float, peak: Mapping[str, float], runs: int) -> dict[str, Any]:
     """From what `generate --json` tells; see process_memory.py for peak_own_mb.
 
-    stages_seconds: from loading to the picture. rest_seconds: start, imports, saving.
+    ready_seconds: until the prompt is read, for which the text encoder is loaded. stages_seconds: from loading to the
+    picture. rest_seconds: start, imports, saving.
     """
     told = {stage: float(seconds) for stage, seconds in result["seconds"].items() if stage != "total"}
     stages = {f"{stage}_seconds": seconds for stage, seconds in told.items()}
     total = sum(stages.values())
     found = {"wall_seconds": wall, "cpu_seconds": cpu, **stages, "stages_seconds": total, "rest_seconds": wall - total}
+    found["ready_seconds"] = told.get("load", 0.0) + told.get("text", 0.0)
     found |= {key: float(result[key]) for key in ("peak_rss_mb", "peak_vram_mb") if result.get(key)}
     if "RssAnon" in peak:
         found["peak_own_mb"] = peak["RssAnon"]

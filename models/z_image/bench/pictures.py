@@ -71,13 +71,18 @@ def _whole(
 
 
 def batches(
-    stand: Stand, config: TransformerConfig | None = None, side: int = 1024, counts: tuple[int, ...] = (1, 2, 4, 8, 16)
+    stand: Stand,
+    config: TransformerConfig | None = None,
+    sizes: tuple[tuple[int, int], ...] = ((1024, 1), (1024, 2), (1024, 4), (1024, 8), (1024, 16), (512, 1), (512, 8)),
 ) -> None:
-    """One forward of several pictures of one caption; ms are for all of them together."""
+    """One forward of several pictures of one caption; ms are for all of them together.
+
+    sizes: (side, pictures at a time).
+    """
     both = twins.make(config or TransformerConfig(), torch.bfloat16, stand.device)
-    one = twins.scene(both.config, width=side, height=side, caption=_CAPTION, device=stand.device)
     int8 = twins.packed(both.ours, "int8", stand.folder)
-    for count in counts:
+    for side, count in sizes:
+        one = twins.scene(both.config, width=side, height=side, caption=_CAPTION, device=stand.device)
         given = replace(one, latents=one.latents.repeat(count, 1, 1, 1))
         contenders: dict[str, Callable[[], Any]] = {
             "ours": twins.our_forward(both.ours, given),
@@ -87,7 +92,8 @@ def batches(
         if stand.wants("P2"):
             contenders["P2"] = _compiled(both, given)
         facts: dict[str, dict[str, Value]] = {who: {"pictures": count} for who in contenders}
-        stand.compare(f"{count} pictures", contenders, reference="P1", facts=facts, memory=True)
+        row = f"{count} pictures" + (f" of {side}x{side}" if side != 1024 else "")
+        stand.compare(row, contenders, reference="P1", facts=facts, memory=True)
 
 
 def growth(

@@ -43,7 +43,7 @@ def gpu(
     layers: tuple[tuple[int, int], ...] = LAYERS,
     copied: int = 2**29,
 ) -> None:
-    """Products at the real shapes, attention by every backend torch has, copies on and to the device, launches.
+    """Products at the real shapes, attention by all backends of torch, copies on and to the device, reading, launches.
 
     copied: bytes, at most.
     """
@@ -65,6 +65,7 @@ def gpu(
     vector, weight = torch.randn(1, ADALN[1], device=device).bfloat16(), torch.randn(*ADALN, device=device).bfloat16()
     stand.compare("1 x 15360 x 256", {"raw bf16": _product(vector, weight)})
     _copies(stand, copied)
+    _page_cache(stand, copied)
     small = torch.zeros(1, device=device)
     launches = 1000
     began = time.perf_counter()
@@ -90,6 +91,18 @@ def _copies(stand: Stand, size: int) -> None:
         }
         facts = {who: {"gb": pinned.numel() / 1e9} for who in ways}
         stand.compare(f"pinned copy, {megabytes} MiB", ways, facts=facts)
+
+
+def _page_cache(stand: Stand, size: int) -> None:
+    path, buffer = stand.folder / "read.bin", bytearray(size)
+    path.write_bytes(buffer)
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            file.readinto(buffer)
+
+    stand.compare(f"page cache, {size / 1e6:.0f} MB", {"raw": read}, facts={"raw": {"gb": size / 1e9}})
+    path.unlink()
 
 
 def _product(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:

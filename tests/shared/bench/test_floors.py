@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shared.bench import programs
-from shared.bench.floors import ATTENTION, DEVICE_MEMORY, Find, Network, Streamed, Work, best_rate, together
+from shared.bench.floors import ATTENTION, DEVICE_MEMORY, Find, Loaded, Network, Streamed, Work, best_rate, together
 from shared.bench.goals import GOALS, Check, Goal
 from shared.bench.machine import Machine
 from shared.bench.measure import CpuClock
@@ -31,6 +31,7 @@ ROOFS = (
     Row("attention, 64 tokens", "raw flash", {"ms": 4.0, "gflop": 2.0}),
     Row("attention, 64 tokens", "raw cudnn", {"outcome": "no such kernel"}),
     Row("copy on the device, 1 MB", "raw", {"ms": 1.0, "gb": 2.0}),
+    Row("page cache, 16 MB", "raw", {"ms": 50.0, "gb": 1.0}),
     Row("pinned copy, 16 MiB", "raw up", {"ms": 100.0, "gb": 1.0}),
     Row("pinned copy, 16 MiB", "raw down", {"ms": 10.0, "gb": 1.0}),
 )
@@ -96,6 +97,12 @@ def test_streaming_takes_the_longer_of_computing_and_copying_what_has_no_room(
     assert floor.ms(finder(record, B0=ROOFS), streamed(weights, room)) is None
 
 
+def test_loading_is_held_against_the_slower_of_reading_and_the_link(record: Record) -> None:
+    assert Loaded().ms(finder(record, B0=ROOFS), {"files_gb": 2.0}) == pytest.approx(200.0)
+    assert Loaded().ms(finder(record, B0=ROOFS[-2:]), {"files_gb": 2.0}) is None, "nobody measured reading"
+    assert Loaded().ms(finder(record, B0=ROOFS), {}) is None
+
+
 def verdict_of(check: Check, machine: Machine, *records: Record) -> tuple[bool | None, str, str]:
     goal = Goal(section="S", metric="m", goal="g", hardware="CPU", check=check)
     found = judge(goal, [Results(machine, {r.case: r for r in records})])
@@ -135,7 +142,9 @@ def answer(_program: object, command: Sequence[str], _environment: object) -> tu
     told: Any = {"seconds": {"load": 1.0, "denoise": 1.0}, "forwards": 8, "peak_vram_mb": 1000.0}
     if "--dry-run" in command:
         memory = {"weights_mb": {"transformer": 12000.0}, "budget_mb": 4000.0, "vram_mb": 1.0, "engine": "stream"}
-        told = {"files": [{"role": r, "path": __file__} for r in ("transformer", "text_encoder", "vae")]}
+        told = {
+            "files": [{"role": r, "path": __file__, "bytes": 10**9} for r in ("transformer", "text_encoder", "vae")]
+        }
         told["memory"] = memory
     elif "shared.bench.one_session" in command:
         told |= {"wall_seconds": 1.0, "peak_rss_mb": 5.0}

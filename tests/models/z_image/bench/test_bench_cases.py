@@ -93,7 +93,7 @@ def test_packed_twins_multiply_packed_weights_of_the_same_network(tmp_path: Path
             lambda s: forwards.small(s, lambda dim, layers: twins.sized(128, 1, heads=2, features=32)), id="C2"
         ),
         pytest.param(lambda s: forwards.on_gpu(s, SMALL, (64,)), id="B1"),
-        pytest.param(lambda s: pictures.batches(s, SMALL, 64, (1, 2)), id="B4"),
+        pytest.param(lambda s: pictures.batches(s, SMALL, ((64, 1), (64, 2))), id="B4"),
         pytest.param(lambda s: stages.text_on_cpu(s, QWEN3, 2), id="C8"),
         pytest.param(lambda s: stages.text_on_gpu(s, QWEN3, 2), id="B7"),
         pytest.param(lambda s: stages.decode_on_cpu(s, VAE, 64), id="C9"),
