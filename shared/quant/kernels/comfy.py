@@ -60,3 +60,11 @@ def insisted() -> AbstractContextManager[Any]:
 def flat(x: Tensor) -> Tensor:
     """Tokens (T, K) of activations (..., K), contiguous, as the library wants them."""
     return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def as_output(result: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A product (T or more, N) as activations (..., N), without the rows that tokens were padded by, and biased."""
+    result = result[: x.numel() // x.shape[-1]]
+    if bias is not None:
+        result = result + bias
+    return result.reshape(*x.shape[:-1], result.shape[-1])

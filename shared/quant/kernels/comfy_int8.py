@@ -44,7 +44,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
             convrot=packed.packing.rotation > 0,
             convrot_groupsize=packed.packing.rotation or 256,
         )
-    return result.view(*x.shape[:-1], layer.out_features)
+    return comfy.as_output(result, x)
 
 
 register(Kernel(name="comfy-int8", packing="int8", compute="int8", priority=20, refuse=_refuse, run=_run))

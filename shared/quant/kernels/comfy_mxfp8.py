@@ -59,10 +59,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
         tensors["exponents"].view(torch.float8_e8m0fnu),
         out_dtype=x.dtype,
     )
-    result = result[: len(tokens)]
-    if layer.bias is not None:
-        result = result + layer.bias
-    return result.reshape(*x.shape[:-1], layer.out_features)
+    return comfy.as_output(result, x, layer.bias)
 
 
 register(

@@ -73,12 +73,9 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
             tensors["block_scales"].view(torch.float8_e4m3fn),
             out_dtype=x.dtype,
         )
-    result = result[: len(tokens)]
     if len(scale) > 1:
         result = result * (scale / scale[0]).to(x.dtype).t()
-    if layer.bias is not None:
-        result = result + layer.bias
-    return result.reshape(*x.shape[:-1], layer.out_features)
+    return comfy.as_output(result, x, layer.bias)
 
 
 register(

@@ -55,7 +55,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
         result: Tensor = comfy_kitchen.scaled_mm_svdquant_w4a4(
             rounded, tensors["codes"].view(rounded.dtype), scales_x, scales, branch, up, layer.bias
         )
-    return result[: len(tokens)].view(*x.shape[:-1], layer.out_features)  # without the rows it was padded by
+    return comfy.as_output(result, x)
 
 
 register(
