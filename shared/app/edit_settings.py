@@ -68,7 +68,7 @@ class EditSettings:
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> EditSettings:
-        """From settings values of the right kinds (schema.py). Raises UserError for what does not fit together."""
+        """From settings values of the right kinds (schema/). Raises UserError for what does not fit together."""
         chosen = {field.name: values[field.name] for field in fields(cls) if values.get(field.name) is not None}
         if "control_preprocessor" not in chosen:
             chosen["control_preprocessor"] = _from_letters(str(values.get("video_prompt_type") or ""))
