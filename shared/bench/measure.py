@@ -16,10 +16,14 @@ WARM_UPS = 3
 
 
 class Clock(Protocol):
-    """Times one call. `how`: in words, for the record. `headline`: which figure of a row counts."""
+    """Times one call. `how`: in words, for the record. `headline`: which figure of a row counts.
+
+    least_warm_ups: untimed calls that even slow work gets.
+    """
 
     how: str
     headline: str
+    least_warm_ups: int
 
     def time(self, work: Work) -> tuple[float, Any]:
         """(milliseconds, what work() returned)."""
@@ -30,6 +34,7 @@ class CpuClock:
 
     how = "CPU time of one thread, least of the repeats"
     headline = "least"
+    least_warm_ups = 1
 
     def time(self, work: Work) -> tuple[float, Any]:
         began = time.process_time()
@@ -42,6 +47,7 @@ class CudaClock:
 
     how = "CUDA events, median of the repeats"
     headline = "median"
+    least_warm_ups = 2  # the second call records what later ones replay
 
     def time(self, work: Work) -> tuple[float, Any]:
         import torch
@@ -96,9 +102,10 @@ class Taken:
 def interleave(contenders: Mapping[str, Work], clock: Clock, *, repeats: int, warm_ups: int | None = None) -> Taken:
     """Time all contenders in turns. One that fails, for want of memory or whatever, leaves the others their turns.
 
-    warm_ups: untimed turns before; None takes WARM_UPS, or one where the repeats are few because a call is slow.
+    warm_ups: untimed turns before; None takes WARM_UPS, or the clock's least where repeats are few as calls are slow.
     """
-    warm_ups = (WARM_UPS if repeats >= MANY else 1) if warm_ups is None else warm_ups
+    if warm_ups is None:
+        warm_ups = WARM_UPS if repeats >= MANY else clock.least_warm_ups
     results: dict[str, Any] = {}
     failures: dict[str, str] = {}
     taken: dict[str, list[float]] = {name: [] for name in contenders}

@@ -29,6 +29,11 @@ warm-ups. On a CPU one thread's CPU time, of which the least counts, because on 
 measures the neighbours; on a GPU the time between two CUDA events, of which the median counts. Weights are random and
 of the real sizes: speed and memory do not depend on what they say. `error` is the relative L2 distance from the same
 network in float32 (bf16 where a float32 copy would not fit), so every figure of speed stands beside what it costs.
+Who fails, for want of memory or otherwise, has a row that says why under `outcome`.
+
+A share of this machine's roofs is the time that the arithmetic would take at the rates measured on it (B0, on a CPU
+C0), products and attention each at their own, over the time that was taken: a goal that holds where the rates are not
+those that the goals in milliseconds were worked out with.
 """
 
 _GOAL_TITLES = ("What", "Goal", "Floor", "Published", "Peer, same run", "Ours", "First", "Reached", "Measured")
@@ -118,7 +123,8 @@ def _open_goals(verdicts: Sequence[Verdict]) -> Iterator[str]:
         for v in chosen:
             needs = {"H200": "an H200", "GPU": "a GPU", "CPU": "a CPU"}[v.goal.hardware]
             how = f"case {v.goal.check.case} on {needs}" if v.goal.check else f"needs {needs}; no case tells it yet"
-            yield f"- {v.goal.metric}: {v.goal.goal} ({v.ours or how})"
+            reason = f": {v.goal.reason}" if v.ours and v.goal.reason else ""
+            yield f"- {v.goal.metric}: {v.goal.goal} ({v.ours or how}){reason}"
         yield ""
 
 

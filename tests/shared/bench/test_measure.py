@@ -53,6 +53,15 @@ def test_few_repeats_are_slow_rows_and_warm_up_once(clock: Any) -> None:
     assert (slow, len(calls) - slow) == (3, 13)
 
 
+def test_a_gpus_slow_rows_warm_up_until_forwards_are_recorded(clock: Any) -> None:
+    calls: list[int] = []
+    clock.least_warm_ups = CudaClock.least_warm_ups
+
+    interleave({"A": lambda: calls.append(1)}, clock, repeats=2)
+
+    assert len(calls) == 2 + 2
+
+
 def test_a_row_keeps_the_figure_that_counts_and_the_spread_beside_it() -> None:
     timing = Timing((5.0, 1.0, 2.0, 3.0, 4.0))
 

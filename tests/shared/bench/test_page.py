@@ -153,11 +153,13 @@ def test_the_page_lists_what_is_missing_and_what_fell_short(machine: Machine, re
         goal(Check(case="C1", row="one forward", bound=3)),
         replace(goal(Check(case="B1", row="one forward", bound=3), "H200"), metric="on a large GPU"),
         replace(goal(None, "GPU"), metric="by nobody"),
+        replace(goal(Check(case="C1", row="one forward", bound=2)), metric="twice", reason="for a reason"),
     ]
 
     text = render([Results(machine, {"C1": record})], goals)[PAGE]
 
-    assert "3 goals, 1 measured, 0 of these reached" in text
+    assert "4 goals, 2 measured, 0 of these reached" in text
+    assert "- twice: fast (4 ms): for a reason" in text
     assert "- a forward: fast (4 ms)" in text
     assert "- on a large GPU: fast (case B1 on an H200)" in text
     assert "- by nobody: fast (needs a GPU; no case tells it yet)" in text
