@@ -61,7 +61,12 @@ def read_config(checkpoint: Checkpoint, plan: Plan) -> TransformerConfig:
 
 
 def load_transformer(
-    paths: str | Path | Sequence[str | Path], dtype: torch.dtype, *, compute: str = "auto", keep_mapped: bool = False
+    paths: str | Path | Sequence[str | Path],
+    dtype: torch.dtype,
+    *,
+    compute: str = "auto",
+    keep_mapped: bool = False,
+    keep_apart: bool = False,
 ) -> ZImageTransformer:
     """Build the transformer that a checkpoint describes and fill it, in `dtype`, on the CPU, ready to run.
 
@@ -69,7 +74,8 @@ def load_transformer(
     the transformer's own file is loaded too, unless a second file replaces it.
     compute: how packed layers are multiplied, see shared/quant/kernels.
     keep_mapped: for a model that stays on the CPU: of a large file no weight is copied that can be read as it lies, see
-    Storage's join and widen.
+    Storage's join and widen. keep_apart: for a GPU onto which our own offloaders lay a block's tensors side by side:
+    plain rows that stand apart in a large file are not joined here, see Storage's join_plain.
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
     is not known.
     """
@@ -84,15 +90,27 @@ def load_transformer(
     plan = {module: parts for module, parts in whole.items() if not module.startswith(CONTROL_PREFIX)}
     config = read_config(checkpoint, plan)
     model = _without_weights(config)
-    stays_mapped = keep_mapped and checkpoint.nbytes >= MAPPED_FROM
-    storage = Storage(dtype=dtype, compute=compute, join=not stays_mapped, widen=stays_mapped)
+    storage = _storage(checkpoint, dtype, compute, keep_mapped=keep_mapped, keep_apart=keep_apart)
     fill(model, plan, storage, source=str(checkpoint.path), name_missing=_file_names, hint=_hint_for(config))
     if len(files) > 1 or len(plan) < len(whole):
         branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint
-        stays_mapped = keep_mapped and branch.nbytes >= MAPPED_FROM
-        storage = Storage(dtype=dtype, compute=compute, join=not stays_mapped, widen=stays_mapped)
+        storage = _storage(branch, dtype, compute, keep_mapped=keep_mapped, keep_apart=keep_apart)
         model.control = load_control(branch, config, storage)
     return model.eval().requires_grad_(False)
+
+
+def _storage(
+    checkpoint: Checkpoint, dtype: torch.dtype, compute: str, *, keep_mapped: bool, keep_apart: bool
+) -> Storage:
+    is_large = checkpoint.nbytes >= MAPPED_FROM
+    stays_mapped = keep_mapped and is_large
+    return Storage(
+        dtype=dtype,
+        compute=compute,
+        join=not stays_mapped,
+        join_plain=not (keep_apart and is_large),
+        widen=stays_mapped,
+    )
 
 
 def check_transformer(

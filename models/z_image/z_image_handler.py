@@ -152,9 +152,9 @@ class family_handler:
 
         model_filename: the transformer's file, or a list: transformer, then module files (ControlNet).
         dtype: for the transformer and text encoder (None: bfloat16). VAE_dtype: None means float32.
-        kwargs: `vae_filename`, `tokenizer_folder`, `place_text_encoder`, `prompt_store`, `parts` and `keep_mapped` from
-        our own host (see model_factory); a Wan2GP host adds `profile` and others. With `place_text_encoder` the modules
-        lack the text encoder, which is then loaded when a prompt needs it.
+        kwargs: `vae_filename`, `tokenizer_folder`, `place_text_encoder`, `prompt_store`, `parts`, `keep_mapped` and
+        `keep_apart` from our own host (see model_factory); a Wan2GP host adds `profile` and others. With
+        `place_text_encoder` the modules lack the text encoder, which is then loaded when a prompt needs it.
         Raises CheckpointError if a file cannot be used.
         """
         import torch

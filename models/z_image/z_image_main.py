@@ -45,7 +45,7 @@ class model_factory:
     place_text_encoder: None loads the text encoder at once. Else `text_encoder` is None until a prompt needs it; it is
     then loaded and given to this function, which puts it where it computes. prompt_store: remembers encoded prompts.
     parts: what another model_factory of the same files has loaded and this one takes over: transformer, text_encoder,
-    vae, tokenizer. keep_mapped: see load_transformer().
+    vae, tokenizer. keep_mapped, keep_apart: see load_transformer().
     safer: names of the remedies that an earlier drawing with these files needed (`report["safer"]`).
     """
 
@@ -66,6 +66,7 @@ class model_factory:
         safer: Sequence[str] = (),
         parts: Mapping[str, Any] | None = None,
         keep_mapped: bool = False,
+        keep_apart: bool = False,
         **_: Any,
     ) -> None:
         files = [model_filename] if isinstance(model_filename, (str, Path)) else list(model_filename)
@@ -96,7 +97,9 @@ class model_factory:
             given_encoder = load_encoder()
         encoder = TextEncoder(given_encoder or load_encoder, self.tokenizer, prompt_store)
         self.vae: nn.Module = parts.get("vae") or load_vae(vae_path, VAE_dtype or torch.float32)
-        self.transformer = parts.get("transformer") or load_transformer(paths, dtype, keep_mapped=keep_mapped)
+        self.transformer = parts.get("transformer") or load_transformer(
+            paths, dtype, keep_mapped=keep_mapped, keep_apart=keep_apart
+        )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pipeline = _pipeline_for(paths[0], self.transformer, encoder, self.vae, device, safer)
         self._interrupt = False

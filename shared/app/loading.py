@@ -189,6 +189,7 @@ class ModelHolder:
             safer=plan.safer,
             parts=kept,
             keep_mapped=plan.machine.device.kind == "cpu",
+            keep_apart=_is_moved_by_us(plan),
         )
         kernels = self._resolve(plan, modules)
         offloader = make_offloader(plan.machine.device, plan.placement, profile)
@@ -277,6 +278,12 @@ class ModelHolder:
         folder = str(plan.preset.model_def.get("text_encoder_folder") or "")
         found = self._ctx.files.find(folder) if folder.startswith("file:") else None
         return None if found is None else str(found)
+
+
+def _is_moved_by_us(plan: GenerationPlan) -> bool:
+    """Whether an offloader of ours brings the weights to a GPU, which lays a block's tensors one behind the other."""
+    is_ours = plan.placement is not None and plan.placement.engine in ("direct", "stream")
+    return is_ours and plan.machine.device.kind == "cuda"
 
 
 def _reading_compute(plan: GenerationPlan) -> str:

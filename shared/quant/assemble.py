@@ -33,6 +33,7 @@ class Storage:
     compute: how packed layers are multiplied (kernels/__init__.py).
     join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
     each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
+    join_plain: the same of plain ones alone, for a GPU where somebody lays them one behind the other.
     widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
     each product.
     """
@@ -40,6 +41,7 @@ class Storage:
     dtype: torch.dtype
     compute: str = "auto"
     join: bool = True
+    join_plain: bool = True
     widen: bool = False
 
 
@@ -72,7 +74,11 @@ def fill(
                 _set_parameter(model, f"{module}.weight", filled.dequantize())
         elif is_linear and storage.widen and (halves := _halves(parts, "bias" in parameters, storage)):
             _replace(model, module, halves)
-        elif is_linear and not storage.join and (apart := _apart(parts, "bias" in parameters, storage.dtype)):
+        elif (
+            is_linear
+            and not (storage.join and storage.join_plain)
+            and (apart := _apart(parts, "bias" in parameters, storage.dtype))
+        ):
             _replace(model, module, apart)
         else:
             for suffix, shape in parameters.items():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared.ops.rounding import Kind, Rounded, Sums
@@ -128,7 +129,8 @@ class JoinedLinear(nn.Linear):
     """Linears over the same input, their outputs side by side: a fused layer whose parts are kept differently.
 
     Some are packed and some are not, or they lie apart in a mapped file. Where all are packed it takes and hands on
-    integers as one PackedLinear would: activations are rounded once for all parts.
+    integers as one PackedLinear would: activations are rounded once for all parts. Plain parts that an offloader has
+    laid one behind the other on a GPU are one product.
     """
 
     _mm_requires_native_linear_forward = True
@@ -148,8 +150,11 @@ class JoinedLinear(nn.Linear):
         return self._spec
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
-        if self._all_plain and isinstance(x, Tensor) and x.device.type == "cpu" and not x.requires_grad:
-            return self._side_by_side(x)
+        if self._all_plain and isinstance(x, Tensor) and not x.requires_grad:
+            if x.device.type == "cpu":
+                return self._side_by_side(x)
+            if (weight := self._as_one()) is not None:
+                return F.linear(x, weight)
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
     def unscaled(self, x: Tensor | Rounded) -> Tensor | Sums:
@@ -176,6 +181,21 @@ class JoinedLinear(nn.Linear):
         """The weight (out, in) in the layer's type."""
         weights: list[Tensor] = [p.dequantize() if isinstance(p, PackedLinear) else p.weight for p in self.parts]
         return torch.cat(weights)
+
+    def _as_one(self) -> Tensor | None:
+        """All rows as one matrix, where the parts lie one behind the other; None where they do not.
+
+        Whoever lays a block's tensors into one piece of memory (app/streamer/parts.py) lays them so. Looked at anew
+        each time: the memory is the offloader's, and may be another's in the next step.
+        """
+        first: Tensor = self.parts[0].weight
+        storage, at = first.untyped_storage().data_ptr(), first.data_ptr()
+        for part in self.parts:
+            weight = part.weight
+            if weight.data_ptr() != at or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
+                return None
+            at += weight.nbytes
+        return first.detach().as_strided((self.out_features, self.in_features), (self.in_features, 1))
 
     def _side_by_side(self, x: Tensor) -> Tensor:
         """Each product straight into its columns: a copy of the outputs takes 4 % of their time."""
