@@ -55,6 +55,7 @@ class Account:
             "forwards": self.forwards,
             "device": plan.machine.device.name,
             "dtype": plan.machine.dtype.value,
+            "precision": plan.settings.sampling.precision,
             "attention": plan.attention.value,
             **({"kernels": self.kernels} if self.kernels else {}),
             **({"safer": self.safer} if self.safer else {}),

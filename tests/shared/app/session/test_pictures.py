@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from shared.app.context import AppContext
@@ -45,6 +46,14 @@ def test_the_record_inside_the_picture_is_the_one_in_the_event(ctx: AppContext) 
     assert image.record["model_type"] == "one"
     assert image.record["base_model_type"] == "fake"
     assert image.record["model_filename"] == "transformer.safetensors"
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"])
+def test_the_record_says_in_which_precision_it_was_drawn(ctx: AppContext, precision: str) -> None:
+    image = ctx.session.generate("one", order(ctx, precision=precision)).images[0]
+
+    assert image.record["provenance"]["precision"] == precision
+    assert image.record.get("precision", "fast") == precision  # drawn again from the record it is the same
 
 
 def test_the_record_names_the_weights_by_hash_and_no_folder_of_this_machine(ctx: AppContext, tmp_path: Path) -> None:
