@@ -8,11 +8,13 @@ tensors outside them plain. Tested to be within a tenth for bf16 and int8 files.
                                  encoder's that are mapped from the file are let go of before drawing
     VRAM of a stage on a GPU   = its model's weights as they are placed + LoRAs + the stage's working memory
 
-Rooms: sizes.py (a module by its headers), published.py (by what is published), estimate.py (the formula, and all of one
-picture), process.py (what this process holds). Where weights are placed is memory_plan/'s.
+Rooms: sizes.py (a module by its headers), published.py (by what is published), workload.py (what a picture asks for),
+estimate.py (the formula), decoding.py (of the decode), process.py (what this process holds). Where weights are placed
+is memory_plan/'s.
 """
 
-from shared.app.memory.estimate import TILES, MemoryEstimate, Workload, estimate_memory
+from shared.app.memory.decoding import TILES
+from shared.app.memory.estimate import MemoryEstimate, estimate_memory
 from shared.app.memory.process import (
     BASE_MB,
     free_ram_bytes,
@@ -24,6 +26,7 @@ from shared.app.memory.process import (
 )
 from shared.app.memory.published import ModuleShapes, PublishedModule
 from shared.app.memory.sizes import MIB, STAGES, ModuleSizes
+from shared.app.memory.workload import Workload
 
 __all__ = [
     "BASE_MB",

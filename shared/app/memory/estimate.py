@@ -12,11 +12,7 @@ denoise  = the larger of 8 x width x tokens (attention: stream, normalised copy,
            attended, result) and 7 x width x tokens + 3 x hidden x the tokens of one part (feed-forward),
            x compute bytes; tokens are those of picture and prompt, twice as many with guidance (both passes in
            one batch); a picture token covers 16 x 16 pixels
-decode   = pixels x channels x VAE bytes x live; in tiles 2 x picture + live x tile
-           channels = those that enter the decoder's last stage
-           live = 3 on a GPU: input, normalised input, output of one layer; 4.6 on a CPU, measured, whose
-           convolutions copy their input and output into an order of their own; 3.5 in bfloat16, of which the last
-           norm, in float32, takes the most. On a CPU the picture itself counts, too
+decode   = see decoding.py
 """
 
 from __future__ import annotations
@@ -26,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shared.app.memory.decoding import decode_bytes, decode_ways, own_decoder_bytes
 from shared.app.memory.published import PublishedModule
 from shared.app.memory.sizes import (
     MIB,
@@ -37,20 +34,10 @@ from shared.app.memory.sizes import (
     module_sizes,
     open_part,
 )
+from shared.app.memory.workload import PROMPT_TOKENS, Workload
 from shared.quant.checkpoint import Checkpoint
 
-_PROMPT_TOKENS = 512  # longest prompt the text encoder takes
-# Tokens that go through the transformer's feed-forward at once where it need not be all: models/z_image/token_rows.py.
-FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU = 576, 2304
-_PATCH_PIXELS = 16  # one image token covers 16 x 16 pixels: VAE factor 8, patch size 2
-_CELL_PIXELS = 8
-_LIVE_ON_GPU, _LIVE_ON_CPU, _LIVE_ON_CPU_IN_BF16 = 3.0, 4.6, 3.5
-_PICTURE_BYTES = 80  # per pixel on a CPU: the picture in float32, a few times over, and as 8 bits
-_DECODER_SHARE = 0.6  # of a VAE's weights
-_STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
 FROM_HEADERS, FROM_PUBLISHED = "file headers", "published sizes"
-TILES = (64, 32, 16)
-"""Sides of decoding tiles in latent cells, from large to small, that are tried where one piece is too much."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +45,10 @@ class MemoryEstimate:
     """The terms of the formula above for one run, MiB, before anything is placed.
 
     sizes: by module: transformer (with its control branch), text_encoder, vae. decode_tiled_mb: of the decode in tiles
-    of that many latent cells, for those that are worth a try. tokens: of picture and prompt in one pass. published:
-    the modules whose sizes are published ones, not read from files.
+    of that many latent cells, for those that are worth a try, from large to small; decode_ways: the same in words.
+    decodes_beside: by a decoder that comes to the GPU and is counted with the decode, while what was there stays, but
+    for the VAE's own of own_decoder_mb. tokens: of picture and prompt in one pass. published: the modules whose sizes
+    are published ones, not read from files.
     """
 
     sizes: Mapping[str, ModuleSizes]
@@ -70,6 +59,9 @@ class MemoryEstimate:
     tile: int | None  # latent cells that were asked for, 0 in one piece; None leaves it to the plan
     decode_tiled_mb: Mapping[int, float]
     tokens: int
+    decode_ways: Mapping[int, str]
+    decodes_beside: bool = False
+    own_decoder_mb: float = 0.0
     published: tuple[str, ...] = ()
 
     @property
@@ -91,39 +83,6 @@ class MemoryEstimate:
             "denoise_mb": round(self.denoise_mb, 1),
             "decode_mb": round(self.decode_mb, 1),
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    """One picture's work, as far as it takes memory.
-
-    width, height: pixels. tile_cells: latent cells, 0 is untiled, and so is None, which leaves it to the plan.
-    compute_bytes, vae_bytes: bytes per number of the two dtypes. decode_bytes: of the activations that a picture is
-    decoded in, with a second decoder of that type, where they are not the VAE's own. guided: two passes in one batch.
-    is_exact: all tokens go through the feed-forward at once, as in the reference.
-    """
-
-    width: int
-    height: int
-    tile_cells: int | None
-    compute_bytes: int
-    vae_bytes: int
-    guided: bool
-    on_cpu: bool = True
-    decode_bytes: int | None = None
-    is_exact: bool = False
-
-    @property
-    def tokens(self) -> int:
-        """Of picture and prompt, in one pass."""
-        picture = (self.width // _PATCH_PIXELS) * (self.height // _PATCH_PIXELS)
-        return (picture + _PROMPT_TOKENS) * (2 if self.guided else 1)
-
-    @property
-    def tokens_at_once(self) -> int:
-        """Of them in the feed-forward."""
-        part = FEED_FORWARD_TOKENS_ON_CPU if self.on_cpu else FEED_FORWARD_TOKENS_ON_GPU
-        return self.tokens if self.is_exact else min(self.tokens, part)
 
 
 def estimate_memory(
@@ -158,15 +117,19 @@ def estimate_memory(
         channels = last_stage_channels(part)
         sizes["vae"] = ModuleSizes(nbytes=sum(loaded_bytes(info, work.vae_bytes) for info in part.tensors.values()))
     drawn, read, decoder = sizes["transformer"], sizes["text_encoder"], sizes["vae"]
+    ways = decode_ways(work)
     lora_tensors = [info for path in loras for info in Checkpoint.open(path).tensors.values()]
     return MemoryEstimate(
         sizes={name: sizes[name] for name in STAGES.values()},
         loras_mb=sum(loaded_bytes(info, compute_bytes) for info in lora_tensors) / MIB,
-        text_mb=(_PROMPT_TOKENS * read.per_token * compute_bytes + read.scratch) / MIB,
+        text_mb=(PROMPT_TOKENS * read.per_token * compute_bytes + read.scratch) / MIB,
         denoise_mb=(_drawing_numbers(drawn, work) * compute_bytes + drawn.scratch) / MIB,
-        decode_mb=_decode_bytes(work, work.tile_cells or 0, decoder, channels) / MIB,
+        decode_mb=decode_bytes(work, work.tile_cells or 0, decoder, channels) / MIB,
         tile=work.tile_cells,
-        decode_tiled_mb={tile: _decode_bytes(work, tile, decoder, channels) / MIB for tile in TILES},
+        decode_tiled_mb={tile: decode_bytes(work, tile, decoder, channels) / MIB for tile in ways},
+        decode_ways=ways,
+        own_decoder_mb=own_decoder_bytes(work, decoder) / MIB,
+        decodes_beside=work.decodes_beside,
         tokens=work.tokens,
         published=tuple(name for name in STAGES.values() if name in absent),
     )
@@ -176,17 +139,3 @@ def _drawing_numbers(drawn: ModuleSizes, work: Workload) -> int:
     """Numbers that live at once while the transformer works."""
     attention = 8 * drawn.width * work.tokens
     return max(attention, 7 * drawn.width * work.tokens + 3 * drawn.hidden * work.tokens_at_once)
-
-
-def _decode_bytes(work: Workload, tile: int, vae: ModuleSizes, channels: int) -> float:
-    """Of a decode in tiles of so many latent cells, 0 for one piece. channels: that enter the decoder's last stage."""
-    pixels, side = work.width * work.height, tile * _CELL_PIXELS
-    per_pixel = channels * (work.decode_bytes or work.vae_bytes)
-    beside = vae.nbytes * _DECODER_SHARE * work.decode_bytes / work.vae_bytes if work.decode_bytes else 0.0
-    beside += pixels * _PICTURE_BYTES if work.on_cpu else 0
-    on_any_cpu = _LIVE_ON_CPU if work.decode_bytes is None else _LIVE_ON_CPU_IN_BF16
-    live = on_any_cpu if work.on_cpu else _LIVE_ON_GPU
-    if not tile or max(work.width, work.height) <= side:
-        return live * pixels * per_pixel + beside
-    stored = _STORED_TENSORS * pixels if work.on_cpu else 0  # with a GPU, whole activations are kept in RAM
-    return (stored + live * min(work.width, side) * min(work.height, side)) * per_pixel + beside

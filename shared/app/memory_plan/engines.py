@@ -42,11 +42,13 @@ class Outlook:
     """What one engine would do.
 
     step_seconds: predicted. held: bytes of weights on the GPU, by module, while it works. words: in one sentence.
+    stays: whether they are all there all the time.
     """
 
     step_seconds: float
     held: Mapping[str, float]
     words: str
+    stays: bool = False
 
 
 def direct(estimate: MemoryEstimate, rates: Rates) -> Outlook:
@@ -54,7 +56,7 @@ def direct(estimate: MemoryEstimate, rates: Rates) -> Outlook:
     drawn = estimate.sizes["transformer"]
     total = float(sum(size.nbytes for size in estimate.sizes.values()))
     seconds = _step_seconds(drawn, (True,) * len(drawn.blocks), estimate.tokens, rates)
-    return Outlook(seconds, dict.fromkeys(estimate.sizes, total), "All weights stay on the GPU.")
+    return Outlook(seconds, dict.fromkeys(estimate.sizes, total), "All weights stay on the GPU.", stays=True)
 
 
 def by_mmgp(estimate: MemoryEstimate, rates: Rates, profile: Profile, gpu_bytes: int) -> Outlook:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from importlib import util
 
 from shared.app.device import DeviceInfo
-from shared.app.memory import BASE_MB, MIB, STAGES, TILES, MemoryEstimate
+from shared.app.memory import BASE_MB, MIB, STAGES, MemoryEstimate
 from shared.app.memory_plan.asked import Asked
 from shared.app.memory_plan.engines import (
     Outlook,
@@ -65,7 +67,7 @@ def _on_gpu(
 ) -> MemoryPlan:
     total = device.total_memory if device.total_memory is not None else 2**62
     have = min(total if free is None else free, total if asked.cap is None else asked.cap)
-    tile, decode_mb, why_tiled = _tile(estimate, have / MIB * TILED_FROM, relief)
+    tile, decode_mb, why_tiled = _tile(estimate, have / MIB * TILED_FROM, relief, whole_mb=_room_beside(estimate, have))
     working = {**estimate.working_mb, "decode": decode_mb}
     beside = max(working.values()) + estimate.loras_mb
     room = round((have / MIB - beside - RESERVE_MB) * MIB * relief.share)
@@ -86,7 +88,7 @@ def _on_gpu(
     if has_mmgp is None:
         has_mmgp = util.find_spec("mmgp") is not None
     peaks_of = {
-        name: {stage: outlook.held[m] / MIB + estimate.loras_mb + working[stage] for stage, m in STAGES.items()}
+        name: {stage: held / MIB + estimate.loras_mb + working[stage] for stage, held in _held(estimate, outlook)}
         for name, outlook in outlooks.items()
     }
     engine, why = choose_engine(
@@ -103,6 +105,7 @@ def _on_gpu(
         lock=round(ram * PINNED_RAM_SHARE),
         cap=asked.cap,
         tile=tile,
+        decode_ways=estimate.decode_ways,
         peaks_mb=peaks_of[engine],
         ram_mb=BASE_MB + sum(weights.values()) / MIB,
         vram_mb=max(peaks_of[engine].values()),
@@ -141,6 +144,7 @@ def _on_one_memory(estimate: MemoryEstimate, reason: str, *, room: int, relief: 
         reason=reason,
         cap=None,
         tile=tile,
+        decode_ways=estimate.decode_ways,
         peaks_mb=peaks,
         ram_mb=max(peaks.values()),
         vram_mb=0.0,
@@ -175,17 +179,41 @@ def _no_gpu(device: DeviceInfo) -> str:
     return "the CPU and the GPU share their memory" if device.kind == "mps" else "there is no GPU to share"
 
 
-def _tile(estimate: MemoryEstimate, most_mb: float, relief: Relief) -> tuple[int, float, list[str]]:
+def _room_beside(estimate: MemoryEstimate, have: int) -> float:
+    """MiB that a decode may take in one piece: beside a decoder of its own, what is left with all weights in place.
+
+    Bands cost such a decode little time, and weights that had to be moved for it would cost more.
+    """
+    if not estimate.decodes_beside:
+        return math.inf
+    return have / MIB - sum(estimate.weights_mb.values()) - estimate.loras_mb - RESERVE_MB
+
+
+def _held(estimate: MemoryEstimate, outlook: Outlook) -> Iterator[tuple[str, float]]:
+    """Bytes of weights on the GPU, by stage."""
+    for stage, module in STAGES.items():
+        if stage != "decode" or not estimate.decodes_beside:
+            yield stage, outlook.held[module]
+        elif outlook.stays:
+            yield stage, outlook.held[module] - estimate.own_decoder_mb * MIB
+        else:
+            yield stage, outlook.held["transformer"]  # nobody asks for the VAE, so it is left where it is
+
+
+def _tile(
+    estimate: MemoryEstimate, most_mb: float, relief: Relief, *, whole_mb: float = math.inf
+) -> tuple[int, float, list[str]]:
     """(tile, MiB of the decode, why in words): as asked for, or in one piece, or the largest tile within most_mb.
 
-    What was asked for stands until memory ran out with it.
+    whole_mb: that a decode in one piece may take at most, too. What was asked for stands until memory ran out with it.
     """
     asked = estimate.tile or 0
-    if relief.tile is None and (estimate.tile is not None or estimate.decode_mb <= most_mb):
+    whole = min(most_mb, whole_mb)
+    if relief.tile is None and (estimate.tile is not None or estimate.decode_mb <= whole):
         return asked, estimate.decode_mb, []
-    tiles = [tile for tile in TILES if tile <= (relief.tile or TILES[0])]
+    tiles = [tile for tile in estimate.decode_ways if relief.tile is None or tile <= relief.tile]
     tile = next((t for t in tiles if estimate.decode_tiled_mb[t] <= most_mb), tiles[-1])
     if relief.tile is None and estimate.decode_tiled_mb[tile] >= estimate.decode_mb:
         return asked, estimate.decode_mb, []  # the picture is no larger than the tile
     gain = f"{estimate.decode_tiled_mb[tile]:,.0f} MiB instead of {estimate.decode_mb:,.0f}"
-    return tile, estimate.decode_tiled_mb[tile], [f"The picture is decoded in tiles of {tile} latent cells: {gain}."]
+    return tile, estimate.decode_tiled_mb[tile], [f"The picture is decoded in {estimate.decode_ways[tile]}: {gain}."]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from shared.app.device import DeviceInfo
-from shared.app.memory import TILES
 from shared.app.memory_plan.result import Engine, MemoryPlan
 
 
@@ -25,13 +24,13 @@ class Relief:
 def next_relief(relief: Relief, stage: str, plan: MemoryPlan, device: DeviceInfo) -> tuple[Relief, str] | None:
     """What to try after memory ran out in `stage` under `plan`, and in words; None when nothing is left.
 
-    A decode is first done in smaller tiles. Then weights are streamed instead of resident, then with half of their
-    room, then two blocks at a time.
+    A decode is first done in bands, where there are any, and in smaller and smaller tiles. Then weights are streamed
+    instead of resident, then with half of their room, then two blocks at a time.
     """
     if stage == "decode":
-        smaller = [tile for tile in TILES if not plan.tile or tile < plan.tile]
+        smaller = [tile for tile in plan.decode_ways if not plan.tile or tile < plan.tile]
         if smaller:
-            return replace(relief, tile=smaller[0]), f"the picture is decoded in tiles of {smaller[0]} latent cells"
+            return replace(relief, tile=smaller[0]), f"the picture is decoded in {plan.decode_ways[smaller[0]]}"
     if device.kind != "cuda":
         return None
     if plan.engine != "stream":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.app.memory import MIB
@@ -17,8 +17,9 @@ class MemoryPlan:
     """What was decided, and the peaks it leads to. peaks_mb: by stage, on the GPU, or on a CPU in RAM.
 
     gpu_bytes: to be used on the GPU at most. cap: the same if it was asked for, else None. budget: bytes of weights on
-    the GPU at once, and lock: of RAM to page-lock, both for the streamer. tile: latent cells, 0 in one piece. profile:
-    for "mmgp". step_seconds: predicted for each engine that was weighed.
+    the GPU at once, and lock: of RAM to page-lock, both for the streamer. tile: latent cells, 0 in one piece.
+    decode_ways: tiles that take less memory, from large to small, in words. profile: for "mmgp". step_seconds:
+    predicted for each engine that was weighed.
     """
 
     engine: Engine
@@ -29,6 +30,7 @@ class MemoryPlan:
     lock: int = 0
     cap: int | None = None
     tile: int = 0
+    decode_ways: Mapping[int, str] = field(default_factory=dict)
     peaks_mb: Mapping[str, float]
     ram_mb: float
     vram_mb: float  # 0 without a GPU of its own

@@ -41,6 +41,7 @@ def model(transformer: float = 12.3, **changes: Any) -> MemoryEstimate:
         "decode_mb": 3072.0,
         "tile": None,
         "decode_tiled_mb": {64: 768.0, 32: 192.0, 16: 48.0},
+        "decode_ways": {tile: f"tiles of {tile} latent cells" for tile in TILES},
         "tokens": 4608,
     }
     return MemoryEstimate(**values | changes)
@@ -301,3 +302,53 @@ def test_before_the_files_are_here_the_choice_is_what_was_asked_for() -> None:
     assert unknown_sizes(card(8), Asked(profile=4))[0] == "profile 4"
     assert unknown_sizes(card(8), Asked(offload="stream"))[0] == "stream"
     assert unknown_sizes(CPU, Asked(profile=4))[0] == "direct"
+
+
+# -- a decoder that comes to the GPU ----------------------------------------------------------------------------------
+
+BESIDE: dict[str, Any] = {
+    "decodes_beside": True, "own_decoder_mb": 200.0, "decode_mb": 1026.0,
+    "decode_tiled_mb": {128: 552.0, 64: 497.0, 32: 226.0, 16: 226.0},
+    "decode_ways": {128: "bands of rows", 64: "tiles of 64", 32: "tiles of 32", 16: "tiles of 16"},
+}  # fmt: skip
+
+
+def test_where_all_weights_stay_it_decodes_in_one_piece_without_the_vae_s_own() -> None:
+    made = plan(card(80), model(**BESIDE))
+
+    assert (made.engine, made.tile) == ("direct", 0)
+    weights = sum(model().weights_mb.values())
+    assert made.peaks_mb["decode"] == pytest.approx(weights - 200 + 1026)
+    assert made.peaks_mb["denoise"] == pytest.approx(weights + 440)
+
+
+def test_weights_come_before_a_decode_in_one_piece() -> None:
+    made = plan(card(24), model(**BESIDE), free=round(21.5 * GB))  # 20.5 of weights, and not 1.5 beside them
+
+    assert made.tile == 128
+    assert "The picture is decoded in bands of rows: 552 MiB instead of 1,026." in made.sentences
+
+
+def test_where_weights_are_moved_the_transformer_stays_for_a_decode_in_bands() -> None:
+    made = plan(card(8), model(**BESIDE), offload="stream")
+
+    assert (made.engine, made.tile) == ("stream", 128)
+    assert made.peaks_mb["decode"] - made.peaks_mb["denoise"] == pytest.approx(552 - 440)
+
+
+def test_bands_that_are_too_much_become_tiles() -> None:
+    assert plan(card(8), model(**BESIDE), cap=2 * GIB).tile == 64
+    assert plan(card(8), model(**BESIDE), relief=Relief(tile=32)).tile == 32
+
+
+def test_a_decode_that_runs_out_of_memory_goes_from_one_piece_to_bands_to_tiles() -> None:
+    device, relief, tried = card(80), Relief(), []
+    made = plan(device, model(**BESIDE))
+    while made.tile != 16:
+        found = next_relief(relief, "decode", made, device)
+        assert found is not None
+        relief, words = found
+        tried.append(words.removeprefix("the picture is decoded in "))
+        made = plan(device, model(**BESIDE), relief=relief)
+
+    assert tried == list(BESIDE["decode_ways"].values())

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from models.z_image import token_rows
 from shared.app.memory import MIB
-from shared.app.memory.estimate import FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU
+from shared.app.memory.workload import FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU
 from tests.support.fake_family import write_weights
 from tests.support.module_files import block, estimate, write_tensors
 
@@ -62,9 +62,21 @@ def test_decoding_grows_with_pixels_and_shrinks_with_tiles(tmp_path: Path) -> No
 
 
 def test_decoding_in_another_type_counts_its_activations_and_a_second_decoder(tmp_path: Path) -> None:
-    own, half = estimate(tmp_path, on_cpu=False), estimate(tmp_path, on_cpu=False, decode_bytes=2)
+    own, half = estimate(tmp_path), estimate(tmp_path, decode_bytes=2)
 
-    assert own.decode_mb / 2 < half.decode_mb < own.decode_mb / 2 + own.weights_mb["vae"]
+    assert not half.decodes_beside
+    assert own.decode_mb / 3 < half.decode_mb < 0.6 * own.decode_mb
+
+
+def test_a_decoder_that_comes_to_a_gpu_takes_the_place_of_the_vae_s_own(tmp_path: Path) -> None:
+    own, beside = estimate(tmp_path, on_cpu=False), estimate(tmp_path, on_cpu=False, decode_bytes=2)
+
+    assert beside.decodes_beside and not own.decodes_beside
+    assert 0 < beside.own_decoder_mb < beside.weights_mb["vae"] and own.own_decoder_mb == 0
+    cells = max(beside.decode_ways)
+    assert beside.decode_ways[cells] == "bands of rows"
+    assert all(tile < cells for tile in list(beside.decode_ways)[1:])
+    assert 0 < beside.decode_tiled_mb[cells] <= beside.decode_mb
 
 
 def test_loras_and_control_branches_count(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class RecordedOffload:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[MemoryPlan]:
     """The machine has a GPU; returns the plans that are carried out, in order."""
-    machine = Machine(DeviceInfo("cuda", "Card", 89, 24 << 30, "a test's card"), Choice("bfloat16", "native"))
+    machine = Machine(DeviceInfo("cuda", "Card", 89, 24 << 30, "a test's card"), Choice("float16", "asked for"))
     monkeypatch.setattr("shared.app.run.find_machine", lambda *_: machine)
     for module in ("run", "session"):
         monkeypatch.setattr(f"shared.app.{module}.find_machine_quickly", lambda *_: machine)
