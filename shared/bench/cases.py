@@ -51,6 +51,7 @@ _BENCH = "python wgp.py bench --scratch /dev/shm"
 
 # In order of value: who has half an hour gets as far as he gets. What was measured stays when a run is cut short.
 SESSIONS: tuple[Session, ...] = (
+    Session("python wgp.py doctor --tune", 2, "how Triton's kernels are launched best on this card"),
     Session(f"{_BENCH} --cases B0,B1 --peers P1", 4, "the roofs, bf16 and int8 forwards of every size, diffusers"),
     Session(f"{_BENCH} --cases B2", 6, "every packed format, its error, quanto, dynamic FP8, expanding at every call"),
     Session(f"{_BENCH} --cases B7,B8,B4 --peers P1 --repeats 5", 4, "text encoder, VAE, pictures at a time"),
@@ -81,8 +82,8 @@ CASES: tuple[Case, ...] = (
          ("P2", "P3", "P4", "P7"), needs_gpu=True),
     Case("B3", "a whole picture, warm", "512x512, 1024x1024, 2048x2048, 8 forwards; guided, NAG, LoRAs, ControlNet",
          "s by stage, peak memory", ("P1", "P2"), needs_gpu=True),
-    Case("B4", "pictures at a time", "1024x1024 and 512x512, 1 to 16 pictures", "ms for all, peak memory", ("P1", "P2"),
-         needs_gpu=True),
+    Case("B4", "pictures at a time", "1024x1024 and 512x512, 1 to 16 pictures", "ms for all, pictures/s, peak memory",
+         ("P1", "P2"), needs_gpu=True),
     Case("B5", "a cap on GPU memory, the whole program", "1024x1024, 8 forwards, 24 to 1.5 GB", "s, peak memory",
          ("P5", "P6"), needs_gpu=True, by_preset=True),
     Case("B6", "cold start, second pictures, changes of model: the whole program", "1024x1024, 8 forwards",

@@ -93,7 +93,9 @@ def batches(
             contenders["P2"] = _compiled(both, given)
         facts: dict[str, dict[str, Value]] = {who: {"pictures": count} for who in contenders}
         row = f"{count} pictures" + (f" of {side}x{side}" if side != 1024 else "")
-        stand.compare(row, contenders, reference="P1", facts=facts, memory=True)
+        taken = stand.compare(row, contenders, reference="P1", facts=facts, memory=True)
+        for who, ms in taken.items():
+            stand.record(f"{row}, rate", who, {"pictures_per_s": float(f"{1e3 * count / ms:.4g}")})
 
 
 def growth(
