@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.z_image import autoencoder
+from models.z_image.banded_decoder import BandedDecoder
 from models.z_image.bench.stand import Stand
 from models.z_image.bench.twins import randomise
 from models.z_image.quick_decoder import quick_decoder
@@ -145,29 +146,40 @@ def decode_on_cpu(stand: Stand, config: dict[str, Any] | None = None, side: int 
 
 
 def decode_on_gpu(
-    stand: Stand, config: dict[str, Any] | None = None, sides: tuple[int, ...] = (512, 1024, 2048)
+    stand: Stand, config: dict[str, Any] | None = None, sides: tuple[int, ...] = (512, 1024, 2048), tile: int = 64
 ) -> None:
-    """Whole and in tiles of 64 cells."""
+    """Ours as precision "fast" has it, in one piece, in bands and in tiles of `tile` cells, and as "exact" has it;
+    diffusers' in both types, in one piece and in tiles as large."""
     path, theirs = _vae(stand, config or VAE)
-    ours = autoencoder.load_vae(path, torch.bfloat16).to(stand.device)
-    theirs = theirs.to(stand.device)
+    exact = autoencoder.load_vae(path, torch.float32)
+    banded = BandedDecoder(exact, stand.device)
+    exact, theirs = exact.to(stand.device), theirs.to(stand.device)
     for side in sides:
-        latents = torch.randn(1, 16, side // 8, side // 8, device=stand.device)
+        latents = torch.randn(1, 16, side // 8, side // 8, generator=torch.Generator().manual_seed(3)).to(stand.device)
         contenders: dict[str, Callable[[], Any]] = {
-            "ours": partial(autoencoder.decode, ours, latents),
-            "ours tiled": partial(autoencoder.decode, ours, latents, 64),
-            "P1 float32": _their_decode(theirs, torch.float32, latents),
-            "P1 bf16": _their_decode(theirs, torch.bfloat16, latents),
+            "ours": partial(autoencoder.decode, exact, latents, 0, banded),
+            "ours in bands": partial(autoencoder.decode, exact, latents, side // 8, banded),
+            "ours tiled": partial(autoencoder.decode, exact, latents, tile, banded),
+            "ours float32": partial(autoencoder.decode, exact, latents),
         }
-        peaks = {who: {"peak_mb": peak_mb(work)} for who, work in contenders.items() if stand.wants(who)}
-        stand.compare(f"{side}x{side}", contenders, reference="P1 float32", facts=peaks)
+        for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
+            contenders[f"P1 {name}"] = _their_decode(theirs, dtype, latents)
+            contenders[f"P1 {name} tiled"] = _their_decode(theirs, dtype, latents, tile)
+        reference = _their_decode(theirs, torch.float32, latents)()
+        levels = {
+            who: {"mean_levels_of_255": _levels(work(), reference)}
+            for who, work in contenders.items()
+            if stand.wants(who)
+        }
+        stand.compare(f"{side}x{side}", contenders, reference=reference, facts=levels, memory=True)
 
 
 def decoders(stand: Stand, config: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Our decoder in bf16 and the peer's in float32, as its pipeline has it, of the same weights."""
+    """Our decoder as precision "fast" has it and the peer's in float32, as its pipeline has it, of the same weights."""
     path, theirs = _vae(stand, config)
-    ours, theirs = autoencoder.load_vae(path, torch.bfloat16).to(stand.device), theirs.to(stand.device)
-    return lambda latents: autoencoder.decode(ours, latents), lambda latents: _their_picture(theirs, latents)
+    ours, theirs = autoencoder.load_vae(path, torch.float32), theirs.to(stand.device)
+    banded = BandedDecoder(ours, stand.device)
+    return lambda latents: autoencoder.decode(ours, latents, 0, banded), lambda latents: _their_picture(theirs, latents)
 
 
 def _vae(stand: Stand, config: dict[str, Any]) -> tuple[Path, Any]:
@@ -181,8 +193,12 @@ def _vae(stand: Stand, config: dict[str, Any]) -> tuple[Path, Any]:
     return path, model
 
 
-def _their_decode(theirs: Any, dtype: torch.dtype, latents: Tensor) -> Callable[[], Tensor]:
+def _their_decode(theirs: Any, dtype: torch.dtype, latents: Tensor, tile: int = 0) -> Callable[[], Tensor]:
+    """tile: latent cells of their own tiles, 0 for one piece."""
     vae = copy.deepcopy(theirs).to(dtype)
+    if tile:
+        vae.enable_tiling()
+        vae.tile_latent_min_size, vae.tile_sample_min_size = tile, 8 * tile
     return lambda: _their_picture(vae, latents)
 
 
@@ -196,15 +212,3 @@ def _their_picture(vae: Any, latents: Tensor) -> Tensor:
 def _levels(found: Tensor, reference: Tensor) -> float:
     """Mean difference of two pictures in [-1, 1], in steps of an 8-bit file."""
     return float(f"{float((found - reference).abs().mean()) * 127.5:.3g}")
-
-
-def peak_mb(work: Callable[[], Any]) -> float:
-    """Most memory (10^6 bytes) that one call takes on the GPU beyond what was taken before; 0 without a GPU."""
-    if not torch.cuda.is_available():
-        return 0.0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    work()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)

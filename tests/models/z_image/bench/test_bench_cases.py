@@ -115,6 +115,17 @@ def test_both_sides_of_a_comparison_compute_the_same(
     assert {key: error for key, error in found.items() if error > (INT8 if "int8" in key[1] else BF16)} == {}
 
 
+def test_our_tiles_leave_no_error_and_theirs_do(stand: Stand) -> None:
+    stages.decode_on_gpu(stand, VAE, (64,), tile=4)
+
+    found = errors(stand)
+    ours = ("ours", "ours in bands", "ours tiled")
+    assert max(found["64x64", who] for who in ours) < BF16 < found["64x64", "P1 bf16 tiled"]
+    assert found["64x64", "ours float32"] < 1e-5 < BF16 < found["64x64", "P1 float32 tiled"]
+    levels = {row.who: row.values["mean_levels_of_255"] for row in stand.rows}
+    assert max(float(levels[who]) for who in ours) < 1 < float(levels["P1 float32 tiled"])
+
+
 def test_a_block_in_every_kind_of_weight(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "_GROWTH", ((64, 1),))
 
