@@ -13,40 +13,19 @@
 Modules (models/z_image/keys.py maps them): attention.to_qkv (q, k, v), attention.to_out.0, feed_forward.net.0.proj
 (w3's rows first, then w1's), feed_forward.net.2. What packings/svdq.py says of the numbers is not repeated here.
 
-The shapes of tiled tensors are nominal: element [i, j] is not row i, column j, and a slice of `wscales` is nonsense.
-Each layout is a view of many small axes, reordered. Read an axis list as digits of a position, most significant first:
-
-    codes, as 32-bit words of 8 consecutive columns (low nibble first, so that only whole words have to move):
-        file     n/128, k/64, n/16%8, n%8, k/8%4, n/8%2, k/32%2
-        natural  n/128, n/16%8, n/8%2, n%8,  k/64, k/32%2, k/8%4
-    scales of 16 bits, and vectors as one group g:
-        file     n/128, g, n/16%8, n/2%4, n/8%2, n%2
-    scales of 8 bits:
-        file     n/128, g/4, n%8, n/8%4, n/32%4, g%4
-    proj_up, holding up (N, R):
-        file     n/16, r/16, n%8, r/2%4, n/8%2, r/8%2, r%2
-    proj_down, holding down (R, K) under the nominal shape (K, R):
-        file     k/16, r/16, r%8, k/2%4, r/8%2, k/8%2, k%2
-
-Worked once: the code of row 13, column 50 in a matrix 128 x 128. Row 13 has the digits n/16%8 = 0, n/8%2 = 1,
-n%8 = 5; column 50 has k/64 = 0, k/32%2 = 1, k/8%4 = 2, and is number 2 of its word. In the file's order the digits
-0, 0, 0, 5, 2, 1, 1 of a number system with the sizes 1, 2, 8, 8, 4, 2, 2 are word ((5 * 4 + 2) * 2 + 1) * 2 + 1 = 91,
-so the code is the low nibble of byte 91 * 4 + 1 = 365.
-
-N and K must be multiples of 128, R of 16: nunchaku's tiles. Sources: formats.md 3; nunchaku's packer
-(nunchaku/lora/flux/packer.py), models/linear.py, merge_safetensors.py.
+Tiles are explained in shared/quant/svdq_tiling.py; for them N and K must be multiples of 128, R of 16. Sources:
+formats.md 3; nunchaku's packer (nunchaku/lora/flux/packer.py), models/linear.py, merge_safetensors.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.errors import UserError
 from shared.quant.formats import Layer
+from shared.quant.svdq_tiling import DOWN, MICRO_SCALES, SCALES, UP, WORDS, unpack_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,39 +44,6 @@ _HALF = ("BF16", "F16")
 _GROUP: dict[Kind, int] = {"int4": 64, "fp4": 16}
 _TILE = 128  # rows and columns of codes
 _RANK_TILE = 16
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """One of the layouts above: the digits of a natural (row, column), and the order in which a file ranks them.
-
-    rows, columns: sizes of the digits below the first, most significant first; the first digit takes the rest.
-    order: indices into (row digits, column digits), as they rank in the file.
-    """
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    order: tuple[int, ...]
-
-    def to_file(self, natural: Tensor) -> Tensor:
-        """A matrix in natural order -> its elements in the file's order, flat."""
-        return natural.reshape(self._sizes(*natural.shape)).permute(self.order).reshape(-1)
-
-    def to_natural(self, stored: Tensor, rows: int, columns: int) -> Tensor:
-        """The file's elements, of whatever nominal shape -> the matrix (rows, columns), contiguous."""
-        sizes = self._sizes(rows, columns)
-        places = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return stored.reshape([sizes[i] for i in self.order]).permute(places).reshape(rows, columns)
-
-    def _sizes(self, rows: int, columns: int) -> Sequence[int]:
-        return (rows // prod(self.rows), *self.rows, columns // prod(self.columns), *self.columns)
-
-
-WORDS = Tiling(rows=(8, 2, 8), columns=(2, 4), order=(0, 4, 1, 3, 6, 2, 5))
-SCALES = Tiling(rows=(8, 2, 4, 2), columns=(), order=(0, 5, 1, 3, 2, 4))
-MICRO_SCALES = Tiling(rows=(4, 4, 8), columns=(4,), order=(0, 4, 3, 2, 1, 5))
-UP = Tiling(rows=(2, 8), columns=(2, 4, 2), order=(0, 3, 2, 5, 1, 4, 6))
-DOWN = Tiling(rows=(2, 8), columns=(2, 4, 2), order=(3, 0, 2, 5, 1, 4, 6))
 
 
 def claims(layer: Layer) -> bool:
@@ -144,15 +90,6 @@ def read(layer: Layer) -> Packed:
     }
     _check_numbers(layer, packed)
     return Packed(Svdq(kind), (rows, columns), packed)
-
-
-def unpack_scales(stored: Tensor, rows: int, groups: int) -> Tensor:
-    """Tiled scales of 8 or 16 bits -> (rows, groups); a vector is one group."""
-    import torch
-
-    if stored.dtype == torch.float8_e4m3fn:
-        return MICRO_SCALES.to_natural(stored.view(torch.uint8), rows, groups).view(stored.dtype)
-    return SCALES.to_natural(stored, rows, groups)
 
 
 def _kind(layer: Layer) -> Kind:

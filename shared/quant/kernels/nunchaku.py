@@ -1,6 +1,6 @@
 """SVDQuant by nunchaku's engine: activations rounded to 4 bits, the low-rank branch fused into both of its kernels.
 
-The engine reads tensors in the tiles that its files have (formats/svdq.py), so the weight is put back into them when
+The engine reads tensors in the tiles that its files have (svdq_tiling.py), so the weight is put back into them when
 the kernel is chosen. The package of that name on the package index is a statistics library: the engine is known by its
 compiled module.
 

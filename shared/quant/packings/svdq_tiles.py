@@ -1,9 +1,9 @@
-"""SVDQuant in the tiles that nunchaku's engine reads: the numbers of svdq.py in the order of its files.
+"""SVDQuant in the tiles that nunchaku's engine reads: the numbers of svdq.py in the order of its tiling.
 
     qweight (N, K/2) int8   wscales (G, N)   smooth_factor (K,)   proj_down (K, R)   proj_up (N, R)
     wcscales (N,)           fp4 only: row_scale
 
-formats/svdq.py explains the tiles; N and K are multiples of 128, R of 16.
+svdq_tiling.py explains the tiles; N and K are multiples of 128, R of 16.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shared.quant.formats import svdq as files
+from shared.quant import svdq_tiling as tiling
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Kind, Svdq
 
@@ -51,33 +51,33 @@ def _tiled(natural: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]:
     words = natural["codes"].contiguous().view(torch.int32)
     scales, down, up, smooth = (natural[name] for name in ("scales", "down", "up", "smooth"))
     if scales.dtype == torch.float8_e4m3fn:
-        tiled = files.MICRO_SCALES.to_file(scales.view(torch.uint8)).view(scales.dtype)
+        tiled = tiling.MICRO_SCALES.to_file(scales.view(torch.uint8)).view(scales.dtype)
     else:
-        tiled = files.SCALES.to_file(scales)
+        tiled = tiling.SCALES.to_file(scales)
     result = {
-        "qweight": files.WORDS.to_file(words).view(torch.int8).view(rows, columns // 2),
+        "qweight": tiling.WORDS.to_file(words).view(torch.int8).view(rows, columns // 2),
         "wscales": tiled.view(-1, rows),
-        "smooth_factor": files.SCALES.to_file(smooth[:, None]),
-        "proj_down": files.DOWN.to_file(down).view(columns, len(down)),
-        "proj_up": files.UP.to_file(up).view(rows, len(down)),
+        "smooth_factor": tiling.SCALES.to_file(smooth[:, None]),
+        "proj_down": tiling.DOWN.to_file(down).view(columns, len(down)),
+        "proj_up": tiling.UP.to_file(up).view(rows, len(down)),
     }
     if kind == "fp4":
-        result["wcscales"] = files.SCALES.to_file(natural["row_scale"].to(smooth.dtype))
+        result["wcscales"] = tiling.SCALES.to_file(natural["row_scale"].to(smooth.dtype))
     return result
 
 
 def _natural(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     qweight, down = tensors["qweight"], tensors["proj_down"]
     rows, columns, rank = len(qweight), qweight.shape[1] * 2, down.shape[1]
-    words = files.WORDS.to_natural(qweight.view(torch.int32), rows, columns // 8)
+    words = tiling.WORDS.to_natural(qweight.view(torch.int32), rows, columns // 8)
     row_scale = torch.ones(rows, 1, device=qweight.device)
     if "wcscales" in tensors:
-        row_scale = files.unpack_scales(tensors["wcscales"], rows, 1).float()
+        row_scale = tiling.unpack_scales(tensors["wcscales"], rows, 1).float()
     return {
         "codes": words.view(torch.uint8),
-        "scales": files.unpack_scales(tensors["wscales"], rows, len(tensors["wscales"])),
+        "scales": tiling.unpack_scales(tensors["wscales"], rows, len(tensors["wscales"])),
         "row_scale": row_scale,
-        "smooth": files.unpack_scales(tensors["smooth_factor"], columns, 1).flatten(),
-        "down": files.DOWN.to_natural(down, rank, columns),
-        "up": files.UP.to_natural(tensors["proj_up"], rows, rank),
+        "smooth": tiling.unpack_scales(tensors["smooth_factor"], columns, 1).flatten(),
+        "down": tiling.DOWN.to_natural(down, rank, columns),
+        "up": tiling.UP.to_natural(tensors["proj_up"], rows, rank),
     }

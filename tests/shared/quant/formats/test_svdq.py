@@ -20,6 +20,7 @@ from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
 from shared.quant.formats import Layer, format_of, layers_of, svdq
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Kind, Svdq
+from shared.quant.svdq_tiling import unpack_scales
 from tests.support.tiny_model import relative_error
 
 State = dict[str, torch.Tensor]
@@ -178,7 +179,7 @@ def test_rows_come_from_the_unpacked_scales_and_not_from_a_slice_of_the_file_s(f
     part = svdq.read(saved(file, tensors)).take_rows(128, 256)
 
     assert torch.equal(part.tensors["scales"].float(), packed.tensors["scales"][128:256].float())
-    naive = svdq.unpack_scales(tensors["wscales"][:, 128:256].contiguous(), 128, packed.tensors["scales"].shape[1])
+    naive = unpack_scales(tensors["wscales"][:, 128:256].contiguous(), 128, packed.tensors["scales"].shape[1])
     assert not torch.equal(naive.float(), part.tensors["scales"].float()), "the trap is still a trap"
 
 

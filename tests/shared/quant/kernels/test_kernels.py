@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from shared.ops.rounding import round_rows
-from shared.quant import kernels
-from shared.quant.formats import svdq as files
+from shared.quant import kernels, svdq_tiling
 from shared.quant.kernels import Kernel, comfy, torch_fp8
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
@@ -67,9 +66,9 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def quantize(x: Tensor, *, lora_down: Tensor, smooth: Tensor, fp4: bool) -> tuple[Tensor, Tensor, Tensor]:
         padded = torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 256))
-        down = files.DOWN.to_natural(lora_down, lora_down.shape[1], x.shape[1])
+        down = svdq_tiling.DOWN.to_natural(lora_down, lora_down.shape[1], x.shape[1])
         branch = padded.float() @ down.float().t()
-        divided = padded.float() / files.unpack_scales(smooth, x.shape[1], 1).flatten().float()
+        divided = padded.float() / svdq_tiling.unpack_scales(smooth, x.shape[1], 1).flatten().float()
         scales = torch.empty(x.shape[1] // (16 if fp4 else 64), len(padded))
         return divided, scales.to(torch.float8_e4m3fn if fp4 else x.dtype), branch
 
@@ -78,13 +77,13 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         kind = "fp4" if fp4 else "int4"
         rows, columns = out.shape[1], act.shape[1]
         scale = tensors["wcscales"]
-        words = files.WORDS.to_natural(tensors["wgt"].view(torch.int32), rows, columns // 8)
+        words = svdq_tiling.WORDS.to_natural(tensors["wgt"].view(torch.int32), rows, columns // 8)
         natural = {
             "codes": words.view(torch.uint8),
-            "scales": files.unpack_scales(tensors["wscales"], rows, len(tensors["wscales"])),
-            "row_scale": torch.ones(rows, 1) if scale is None else files.unpack_scales(scale, rows, 1).float(),
+            "scales": svdq_tiling.unpack_scales(tensors["wscales"], rows, len(tensors["wscales"])),
+            "row_scale": torch.ones(rows, 1) if scale is None else svdq_tiling.unpack_scales(scale, rows, 1).float(),
         }
-        up = files.UP.to_natural(tensors["lora_up"], rows, lora_act_in.shape[1])
+        up = svdq_tiling.UP.to_natural(tensors["lora_up"], rows, lora_act_in.shape[1])
         product = act @ Svdq(kind).residual(natural, torch.float32).t() + lora_act_in @ up.float().t()
         out.copy_(product[: len(out)])
 
