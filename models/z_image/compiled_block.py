@@ -23,7 +23,7 @@ from shared import ops
 from shared.ops.eager import SHORT
 
 if TYPE_CHECKING:
-    from models.z_image.transformer import Block
+    from models.z_image.block import Block
 
 _KINDS = (torch.float32, torch.bfloat16)
 

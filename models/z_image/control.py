@@ -29,10 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.z_image.block import Block
 from models.z_image.config import TransformerConfig
 from models.z_image.control_config import ControlConfig
 from models.z_image.modulation import Moment
-from models.z_image.transformer import Block, pad_tokens, patchify
+from models.z_image.patches import pad_tokens, patchify
 
 
 class ControlSignal(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from models.z_image.transformer import Block
+    from models.z_image.block import Block
 
 
 class Factors(NamedTuple):

@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.z_image.block import Block
 from models.z_image.config import SEQUENCE_MULTIPLE
 from models.z_image.modulation import Factors, Moment, Timetable
-from models.z_image.transformer import Block, ZImageTransformer, pad_tokens, patchify, unpatchify
+from models.z_image.patches import pad_tokens, patchify, round_up, unpatchify
+from models.z_image.transformer import ZImageTransformer
 
 if TYPE_CHECKING:
     from models.z_image.config import TransformerConfig
@@ -127,7 +129,7 @@ class OmniTransformer(ZImageTransformer):
         table.embed(self._embed_time)
 
         x_BND = self.x_embedder(patchify(latents.to(self.dtype), patch))
-        x_BND = pad_tokens(x_BND, _round_up(rows * columns), self.x_pad_token)
+        x_BND = pad_tokens(x_BND, round_up(rows * columns), self.x_pad_token)
         count, before = x_BND.shape[1], given.references.shape[1]
         x_BND = torch.cat([given.references.expand(batch, -1, -1), x_BND], dim=1)
         positions = torch.cat([given.reference_positions, _grid(given.target, rows, columns, count)], dim=1)
@@ -162,7 +164,7 @@ class OmniTransformer(ZImageTransformer):
         device = pieces[0].device
         positions, ends, is_noisy, tokens, begin = [], [], [], [], 1
         for number, piece in enumerate(pieces):
-            length = _round_up(len(piece))
+            length = round_up(len(piece))
             tokens.append(pad_tokens(self.cap_embedder(piece.to(self.dtype))[None], length, self.cap_pad_token))
             positions += [_line(begin, length), torch.zeros(1, length - len(piece), 3, dtype=torch.int64)]
             is_noisy.append(torch.full((length,), number >= len(references), device=device))
@@ -191,7 +193,7 @@ class OmniTransformer(ZImageTransformer):
         patch = self.config.patch_size
         for reference, end in zip(references, ends, strict=False):
             rows, columns = (side // patch for side in reference.latents.shape[1:])
-            length = _round_up(rows * columns)
+            length = round_up(rows * columns)
             embedded = self.x_embedder(patchify(reference.latents[None].to(self.dtype), patch))
             tokens.append(pad_tokens(embedded, length, self.x_pad_token))
             positions.append(_grid(end, rows, columns, length))
@@ -207,7 +209,7 @@ class OmniTransformer(ZImageTransformer):
         for reference, end in zip(references, ends, strict=False):
             rows, columns, width = reference.features.shape
             flat = reference.features.permute(2, 0, 1).reshape(1, rows * columns, width)
-            length = _round_up(rows * columns)
+            length = round_up(rows * columns)
             tokens.append(pad_tokens(self.siglip_embedder(flat.to(self.dtype)), length, self.siglip_pad_token))
             on_grid = _grid(end + 1, rows, columns, length).float()
             cells = reference.latents.shape[1:]
@@ -234,10 +236,6 @@ class OmniTransformer(ZImageTransformer):
 
 def _moment(table: Timetable, is_noisy: Tensor) -> TokenMoment:
     return TokenMoment(table, (~is_noisy).long())  # row 0 is the step's time, row 1 the clean one
-
-
-def _round_up(count: int) -> int:
-    return -(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
 def _line(begin: int, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A block without detours, for small networks on CPUs: transformer.Block's operations, in its order, on its numbers.
+"""A block without detours, for small networks on CPUs: block.Block's operations, in its order, on its numbers.
 
 Calling a module and asking it for a part cost Python microseconds each: nothing beside a real block's second, a third
 of the time of a block of width 128. Here parts are taken from where modules keep them, and a linear that nothing hangs
@@ -26,7 +26,7 @@ from shared.quant.linear import JoinedLinear, PackedLinear
 _CPU = torch.device("cpu")
 
 if TYPE_CHECKING:
-    from models.z_image.transformer import Attention, Block, FeedForward
+    from models.z_image.block import Attention, Block, FeedForward
 
 
 def serves(block: Block, x_BSD: Tensor, f: Factors) -> bool:

@@ -32,25 +32,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.z_image import straight
-from models.z_image.attention import TwoViews, attend
-from models.z_image.config import SEQUENCE_MULTIPLE, TransformerConfig
+from models.z_image.attention import TwoViews
+from models.z_image.block import Attention, Block
+from models.z_image.config import TransformerConfig
 from models.z_image.lora import fuse
-from models.z_image.modulation import Factors, Moment, Timetable, block_factors
-from models.z_image.token_rows import in_parts
+from models.z_image.modulation import Moment, Timetable
+from models.z_image.patches import pad_tokens, patchify, round_up, unpatchify
+from models.z_image.rope import RotaryAxes, as_read, length_mask
 from shared import ops
-from shared.ops import Rounded
-from shared.ops.attention import SDPA, Backend
+from shared.ops.attention import Backend
 
 if TYPE_CHECKING:
     from models.z_image.control import ControlBranch, ControlSignal
     from models.z_image.guidance import NormalizedAttentionGuidance
-
-
-# Where bfloat16 is slow (NVIDIA before Ampere), the network computes in float16, whose largest number is 65504. The
-# feed-forward's inner products go beyond it; a norm follows, which takes any share of them for the whole.
-NARROW_SHARE = 2.0**-6
-_NARROW_LIMIT = torch.finfo(torch.float16).max
 
 
 class Captions(NamedTuple):
@@ -181,7 +175,7 @@ class ZImageTransformer(nn.Module):
 
     def encode_captions(self, features: Sequence[Tensor], *, exact: bool = False) -> Captions:
         """Embed and refine caption features: (tokens, cap_feat_dim) each, of any length from 1 on."""
-        lengths = tuple(_round_up(len(f)) for f in features)
+        lengths = tuple(round_up(len(f)) for f in features)
         longest = max(lengths)
         tokens = [
             pad_tokens(self.cap_embedder(f.to(self.dtype))[None], n, self.cap_pad_token)
@@ -189,7 +183,7 @@ class ZImageTransformer(nn.Module):
         ]
         x_BLD = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x in tokens])
         rope = self.rope.for_caption(longest, x_BLD.device)
-        mask = _length_mask(lengths, 0, x_BLD.device)
+        mask = length_mask(lengths, 0, x_BLD.device)
         for block in self.context_refiner:
             x_BLD = block(x_BLD, rope, mask, None, exact=exact)
         return Captions(x_BLD, lengths)
@@ -216,107 +210,6 @@ class ZImageTransformer(nn.Module):
     def preprocess_loras(self, _model_type: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Called by a Wan2GP host before mmgp loads a LoRA: rename and stack it for the fused linears."""
         return fuse(self, state)
-
-
-class Block(nn.Module):
-    """Attention and gated feed-forward, each normalised before and after; the time steers scales and gates."""
-
-    def __init__(self, config: TransformerConfig, *, modulated: bool = True) -> None:
-        super().__init__()
-        dim, eps = config.dim, config.norm_eps
-        self.eps = eps
-        self.attention = Attention(config)
-        self.feed_forward = FeedForward(dim, config.ffn_dim)
-        self.attention_norm1 = nn.RMSNorm(dim, eps=eps)
-        self.attention_norm2 = nn.RMSNorm(dim, eps=eps)
-        self.ffn_norm1 = nn.RMSNorm(dim, eps=eps)
-        self.ffn_norm2 = nn.RMSNorm(dim, eps=eps)
-        if modulated:
-            # A Sequential of one, because every checkpoint calls it adaLN_modulation.0
-            self.adaLN_modulation = nn.Sequential(nn.Linear(config.time_dim, 4 * dim))
-
-    def forward(
-        self,
-        x_BSD: Tensor,
-        rope: Tensor,
-        mask: Tensor | TwoViews | None,
-        moment: Moment | None,
-        *,
-        exact: bool = False,
-    ) -> Tensor:
-        """One block over (B, S, D). `moment` is None for the context refiner, which has no modulation; `exact` is
-        for it alone, a moment has its own."""
-        f: Factors = self.factors(None, exact=exact, apart=False)[0] if moment is None else moment.of(self)
-        if straight.serves(self, x_BSD, f):
-            return straight.forward(self, x_BSD, rope, mask, f)
-        eps = self.eps
-        is_narrow = x_BSD.dtype == torch.float16
-        qkv, w13 = self.attention.qkv, self.feed_forward.w13
-        normed = ops.rms_norm_modulate_into(qkv, x_BSD, f.attention_norm1, f.attention_scale, eps, exact=f.exact)
-        h_BSD = self.attention(normed, rope, mask, f)
-        if not is_narrow:
-            x_BSD, normed = ops.gate_residual_norm_into(
-                w13, x_BSD, h_BSD, f.attention_gate, f.attention_norm2, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact
-            )
-            h_BSD = self.feed_forward(normed, whole=f.exact)
-            return ops.gate_residual(x_BSD, h_BSD, f.ffn_gate, f.ffn_norm2, eps, exact=f.exact)
-        x_BSD = ops.gate_residual(x_BSD, bounded(h_BSD), f.attention_gate, f.attention_norm2, eps, exact=f.exact)
-        x_BSD = bounded(x_BSD)
-        normed = ops.rms_norm_modulate_into(w13, x_BSD, f.ffn_norm1, f.ffn_scale, eps, exact=f.exact)
-        h_BSD = self.feed_forward(normed, whole=f.exact)
-        eps *= NARROW_SHARE**2  # the norm of a share is that of the whole, if its eps is one as well
-        return bounded(ops.gate_residual(x_BSD, bounded(h_BSD), f.ffn_gate, f.ffn_norm2, eps, exact=f.exact))
-
-    def factors(self, time_RT: Tensor | None, *, exact: bool, apart: bool) -> list[Factors]:
-        """See modulation.Timed."""
-        return block_factors(self, time_RT, exact=exact, apart=apart)
-
-
-class Attention(nn.Module):
-    """Full self-attention with RMS-normalised, rotated queries and keys."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.n_heads, self.eps = config.n_heads, config.norm_eps
-        self.backend = SDPA
-        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-
-    def forward(self, x_BSD: Tensor, rope: Tensor, mask: Tensor | TwoViews | None, f: Factors) -> Tensor:
-        q_BHSE, k_BHSE, v_BHSE = ops.qk_norm_rope(
-            self.qkv(x_BSD), f.qk_norm, rope, self.n_heads, self.eps, exact=f.exact
-        )
-        h_BHSE = attend(q_BHSE, k_BHSE, v_BHSE, mask, exact=f.exact, backend=self.backend)
-        return self.out(h_BHSE.transpose(1, 2).flatten(2).to(x_BSD.dtype))
-
-
-class FeedForward(nn.Module):
-    """SwiGLU: w2(silu(w1 x) * w3 x), w1 and w3 stacked into one linear, w1's rows first.
-
-    In float16 the result is NARROW_SHARE of that.
-    """
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x_BSD: Tensor | Rounded, *, whole: bool = False) -> Tensor:
-        """(B, S, D). whole: all tokens in one product, as the reference makes it."""
-        if whole or torch.is_grad_enabled():
-            return self._fed(x_BSD)
-        fed: Tensor = in_parts(self._fed, x_BSD)  # type: ignore[assignment]  # of tensors
-        return fed
-
-    def _fed(self, x_BSD: Tensor | Rounded) -> Tensor:
-        both_BSF = self.w13(x_BSD)
-        if both_BSF.dtype == torch.float16:
-            gate, value = both_BSF.chunk(2, dim=-1)
-            both_BSF = torch.cat([gate, value * NARROW_SHARE], dim=-1)
-        # Who is asked here is not told whether bits count; straight.py asks otherwise.
-        return self.w2(ops.swiglu_into(self.w2, both_BSF, exact=True))
 
 
 class CaptionNorm(nn.RMSNorm):
@@ -362,135 +255,3 @@ class TimestepEmbedder(nn.Module):
         rates = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=t.device))
         angles = t.float()[:, None] * rates
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))
-
-
-class RotaryAxes(nn.Module):
-    """Rotary angles of (sequence, row, column) positions; no weights, tables grow from the sizes at hand."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        self.axes_dims, self.axes_lens, self.theta = config.axes_dims, config.axes_lens, config.rope_theta
-        self._last: tuple[object, tuple[Tensor, Tensor, Tensor | None]] | None = None
-        self._last_negative: tuple[object, tuple[Tensor, Tensor | None]] | None = None
-
-    def at(self, positions: Tensor, device: torch.device) -> Tensor:
-        """Rotations of tokens at any positions, (B, tokens, 3) whole numbers on the CPU."""
-        return self._rotation(positions, device)
-
-    def for_caption(self, length: int, device: torch.device) -> Tensor:
-        """Positions (1 + i, 0, 0) of the longest caption; shorter ones use its beginning."""
-        return self._rotation(_caption_positions(length), device)
-
-    def for_image(
-        self, lengths: Sequence[int], rows: int, columns: int, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rotations of the padded image tokens, of image and caption tokens together, and the mask of the latter.
-
-        lengths: padded caption lengths; the image sits one step behind its own caption, so images of captions of
-        different length have different positions. One row serves all images when all lengths are equal.
-        What the last call gave is kept: it is the same at every step.
-        """
-        key = (tuple(lengths), rows, columns, device)
-        if self._last is None or self._last[0] != key:
-            distinct = lengths[:1] if len(set(lengths)) == 1 else lengths
-            image = _image_positions(distinct, rows, columns)
-            caption = _caption_positions(max(distinct)).expand(len(distinct), -1, -1)
-            joint = self._rotation(torch.cat([image, caption], dim=1), device)
-            count = image.shape[1]
-            self._last = key, (joint[:, :count], joint, _length_mask(lengths, count, device))
-        return self._last[1]
-
-    def with_negative(
-        self, joint: Tensor, image: int, lengths: Sequence[int], negative: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """`joint` (from for_image) followed by the negative captions, each as far before the image as if alone with it.
-
-        image: padded image tokens. lengths, negative: padded lengths of each image's caption and negative caption.
-        Attention sees differences of positions only, so a negative caption of another length need not be cut or filled
-        up. Also returns the mask of image and negative captions.
-        """
-        device = joint.device
-        key = (tuple(lengths), tuple(negative), joint.shape, image, device)
-        if self._last_negative is None or self._last_negative[0] != key:
-            pairs = list(zip(lengths, negative, strict=True))
-            pairs = pairs[:1] if len(set(pairs)) == 1 else pairs
-            positions = _caption_positions(max(negative)).repeat(len(pairs), 1, 1)
-            positions[:, :, 0] += torch.tensor([[mine - other] for mine, other in pairs], device="cpu")
-            tail = self._rotation(positions, device)
-            rows = max(len(pairs), len(joint))
-            wide = [table.expand(rows, -1, -1, -1, -1) for table in (joint, tail)]
-            self._last_negative = key, (torch.cat(wide, dim=1), _length_mask(negative, image, device))
-        return self._last_negative[1]
-
-    def _rotation(self, positions: Tensor, device: torch.device) -> Tensor:
-        """Cosine and sine of each pair's angle, (B, tokens, 1, E / 2, 2) float32. positions: (B, tokens, 3) integers.
-
-        Angles are worked out in float64 and rounded once to float32, as the reference does; on the CPU, because some
-        accelerators have no float64, and every device then gets the same numbers.
-        """
-        angles = []
-        for axis, width in enumerate(self.axes_dims):
-            exponents = torch.arange(0, width, 2, dtype=torch.float64, device="cpu") / width
-            angles.append(positions[..., axis, None].double() / self.theta**exponents)
-        table = torch.cat(angles, dim=-1).float()[:, :, None]
-        return torch.view_as_real(torch.polar(torch.ones_like(table), table)).to(device)
-
-
-def _caption_positions(length: int) -> Tensor:
-    positions = torch.zeros(1, length, 3, dtype=torch.int64, device="cpu")
-    positions[0, :, 0] = torch.arange(1, length + 1, device="cpu")
-    return positions
-
-
-def _image_positions(lengths: Sequence[int], rows: int, columns: int) -> Tensor:
-    """(len(lengths), padded image tokens, 3): one step behind the caption, then row and column; padding at 0."""
-    grid = torch.cartesian_prod(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"))
-    positions = torch.zeros(len(lengths), _round_up(len(grid)), 3, dtype=torch.int64, device="cpu")
-    positions[:, : len(grid), 0] = torch.tensor(lengths, device="cpu")[:, None] + 1
-    positions[:, : len(grid), 1:] = grid
-    return positions
-
-
-def as_read(rope: Tensor) -> Tensor:
-    """A table of rotations as blocks read it on its device: on a CPU as complex numbers, seen so once for them all."""
-    return torch.view_as_complex(rope) if rope.is_cpu else rope
-
-
-def bounded(x: Tensor) -> Tensor:
-    """float16 with the largest number in the place of infinity, from which the next norm would make NaN."""
-    return x.clamp(-_NARROW_LIMIT, _NARROW_LIMIT)
-
-
-def patchify(latents: Tensor, patch: int) -> Tensor:
-    """(B, C, h, w) -> (B, h/p * w/p, p*p*C), a patch listing row, column, channel."""
-    batch, channels, height, width = latents.shape
-    x = latents.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
-
-
-def unpatchify(patches: Tensor, rows: int, columns: int, patch: int) -> Tensor:
-    """(B, rows * columns, p*p*C) -> (B, C, rows * p, columns * p), the inverse of patchify()."""
-    batch, _, width = patches.shape
-    channels = width // (patch * patch)
-    x = patches.reshape(batch, rows, columns, patch, patch, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, rows * patch, columns * patch)
-
-
-def _round_up(count: int) -> int:
-    return -(-count // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
-
-
-def pad_tokens(x_BND: Tensor, length: int, pad_token: Tensor) -> Tensor:
-    """The tokens (B, N, D) with copies of the learned pad token (1, D) behind them, `length` in all."""
-    missing = length - x_BND.shape[1]
-    if not missing:
-        return x_BND
-    return torch.cat([x_BND, pad_token.to(x_BND.dtype).expand(x_BND.shape[0], missing, -1)], dim=1)
-
-
-def _length_mask(lengths: Sequence[int], before: int, device: torch.device) -> Tensor | None:
-    """(B, 1, 1, before + L) bool, true where a key is real; None when all captions are equally long."""
-    if len(set(lengths)) == 1:
-        return None
-    ends = torch.tensor(lengths, device=device)[:, None] + before
-    return (torch.arange(before + max(lengths), device=device) < ends)[:, None, None]

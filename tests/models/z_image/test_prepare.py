@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.z_image import z_image_main
 from models.z_image.attention import attend
-from models.z_image.transformer import Attention
+from models.z_image.block import Attention
 from models.z_image.z_image_main import model_factory
 from shared.ops.attention import BACKENDS, SDPA, Backend, Found
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image import compiled_block, straight
+from models.z_image.block import Block
 from models.z_image.modulation import Factors, Moment, Timetable
-from models.z_image.transformer import Block, ZImageTransformer
+from models.z_image.transformer import ZImageTransformer
 from shared.ops import compiled_ready
 from shared.quant.linear import PackedLinear
 from shared.quant.packings import int8

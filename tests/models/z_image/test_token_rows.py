@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from models.z_image import token_rows
+from models.z_image.block import FeedForward
 from models.z_image.modulation import Moment, Timetable
-from models.z_image.transformer import FeedForward, ZImageTransformer
+from models.z_image.transformer import ZImageTransformer
 from shared.bench.counters import count
 from shared.ops import Rounded, Sums, round_rows
 from shared.quant.linear import PackedLinear

@@ -10,7 +10,8 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 
 from models.z_image.loader import load_transformer
-from models.z_image.transformer import ZImageTransformer, patchify, unpatchify
+from models.z_image.patches import patchify, unpatchify
+from models.z_image.transformer import ZImageTransformer
 from tests.support.tiny_model import TINY, relative_error
 
 # Sums of 1024 float32 products in another order differ by some 1e-7.
