@@ -195,6 +195,12 @@ GOALS: tuple[Goal, ...] = (
         )
     ),
     *(
+        Goal(section=MEMORY, metric=f"VAE decode, {side}x{side}, {how}, beyond its weights", goal="<= 0.5 GB",
+             hardware="GPU", check=Check(case="B8", row=f"{side}x{side}", who=f"ours {how}", key="peak_mb", bound=0.5,
+                                         scale=1e-3, unit="GB"))
+        for side, how in ((1024, "in bands"), (2048, "tiled"))
+    ),
+    *(
         Goal(section=MEMORY, metric=f"a forward in {name}, streamed in {cap}", hardware="GPU", peer=peer,
              goal="<= 1.1 x computing, or copying what has no room", floor="1 x: the longer of the two",
              check=Check(case="B5", row=f"{preset}, {cap}", key="denoise_seconds", per="forwards", scale=1e3, bound=1.1,

@@ -50,6 +50,7 @@ class Stand:
         repeats: int = MANY,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
         memory: bool = False,
+        pictures: bool = False,
     ) -> dict[str, float]:
         """Time contenders in turns and keep a row for each, with its error against `reference` where that is given.
 
@@ -57,7 +58,8 @@ class Stand:
         reference: what the result should be, or whose result is taken for it, where that one takes part.
         Peers that this run leaves out (by their key, before the first blank) are passed over. facts: who -> further
         values. memory: keep `peak_mb`, too, the most that a call takes on the GPU beyond what was taken before (10^6
-        bytes). A contender that fails has a row with its reason under `outcome`. Returns who -> the milliseconds that
+        bytes). pictures: results are pictures (B, 3, H, W) in [-1, 1]; keep `ssim` and `psnr` of the first in 8 bits.
+        A contender that fails has a row with its reason under `outcome`. Returns who -> the milliseconds that
         count, of those that did not.
         """
         taken = {who: work for who, work in contenders.items() if self.wants(who)}
@@ -77,6 +79,8 @@ class Stand:
                 values |= found.timings[who].values(self.clock.headline)
                 if reference is not None and found.results[who] is not None:
                     values["error"] = float(f"{relative_error(found.results[who], reference):.3g}")
+                    if pictures:
+                        values |= _likeness(found.results[who], reference)
                 if who in peaks:
                     values["peak_mb"] = peaks[who]
             self.rows.append(Row(row, who, values | dict((facts or {}).get(who, {}))))
@@ -122,6 +126,20 @@ def _watched(who: str, work: Callable[[], Any], peaks: dict[str, float]) -> Call
         return result
 
     return watched
+
+
+# Decibels of pictures that are equal, for which there is no number.
+_EQUAL = 99.0
+
+
+def _likeness(picture: Tensor, reference: Tensor) -> dict[str, Value]:
+    from shared.app.picture_metrics import psnr, ssim
+
+    first, second = (
+        ((some[0].detach().float().cpu().permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).byte().numpy()
+        for some in (picture, reference)
+    )
+    return {"ssim": round(ssim(first, second), 5), "psnr": round(min(psnr(first, second), _EQUAL), 2)}
 
 
 def relative_error(found: Tensor, reference: Tensor) -> float:

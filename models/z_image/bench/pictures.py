@@ -58,7 +58,7 @@ def _whole(
                 )
             )
         facts: dict[str, dict[str, Value]] = {who: {"forwards": twins.TURBO_STEPS} for who in contenders}
-        whole = stand.compare(f"{side}x{side}", contenders, reference="P1", facts=facts, memory=True)
+        whole = stand.compare(f"{side}x{side}", contenders, reference="P1", facts=facts, memory=True, pictures=True)
         latents = twins.our_loop(both.ours, given)()
         parts: dict[str, Callable[[], Any]] = {
             "ours text": encode,

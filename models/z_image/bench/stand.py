@@ -58,11 +58,13 @@ class Stand(Protocol):
         repeats: int = 10,
         facts: Mapping[str, Mapping[str, Value]] | None = None,
         memory: bool = False,
+        pictures: bool = False,
     ) -> dict[str, float]:
         """Time them in turns; one row each, with the error of what they return against the reference: who -> ms.
 
-        reference: a result, or whose result it is. memory: keep the most that a call takes on the GPU. Who fails has a
-        row that says why, and is not in what is returned.
+        reference: a result, or whose result it is. memory: keep the most that a call takes on the GPU. pictures: keep
+        SSIM and PSNR of results that are pictures in [-1, 1]. Who fails has a row that says why, and is not in what is
+        returned.
         """
 
     def record(self, row: str, who: str, values: Mapping[str, Value]) -> None:

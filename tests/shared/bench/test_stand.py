@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -50,6 +52,19 @@ def test_a_contender_that_fails_says_why_and_the_others_go_on(stand: Stand) -> N
     assert values["P1"] == {"outcome": "ValueError: no such kernel", "tokens": 7}
     assert values["ours late"] == {"outcome": "out of memory"}
     assert "ms" in values["ours"] and "error" not in values["ours"]
+
+
+def test_pictures_are_told_apart_as_people_see_them(stand: Stand) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.rand(1, 3, 16, 16, generator=generator) * 2 - 1
+    noisy = exact + 0.05 * torch.randn(exact.shape, generator=generator)
+
+    stand.compare("a row", {"ours": lambda: noisy, "P1": lambda: exact}, reference=exact, pictures=True)
+
+    ours, theirs = (row.values for row in stand.rows)
+    assert (theirs["ssim"], theirs["psnr"]) == (1.0, 99.0)
+    assert 0.9 < float(ours["ssim"]) < 1
+    assert float(ours["psnr"]) == pytest.approx(20 * math.log10(2 / 0.05), abs=1), "0.05 of a range of 2"
 
 
 def test_memory_is_what_the_second_call_takes(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
