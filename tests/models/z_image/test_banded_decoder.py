@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from shared.app.memory.decoding import decode_bytes
 from shared.app.picture_metrics import ssim
 from shared.bench.counters import count
 from shared.ops import maps
+from shared.ops.maps import eager
 from tests.support.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
@@ -67,6 +69,26 @@ def test_bands_decode_what_the_plain_decoder_does(config: dict[str, Any], tile: 
     found = autoencoder.decode(vae, z, tile, banded)
 
     torch.testing.assert_close(found, autoencoder.decode(vae, z), rtol=0, atol=1e-4)
+
+
+def test_attention_by_matrix_products_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "implementation", lambda _device: SimpleNamespace(**vars(eager)))  # not eager itself
+    monkeypatch.setattr(banded_decoder, "_scores", lambda q, k: q.float() @ k.float().t())
+    monkeypatch.setattr(banded_decoder, "_SCORES", 4 * 60 * 7)  # seven queries at a time
+    vae, z = vae_of(), latents()
+
+    found = autoencoder.decode(vae, z, 0, BandedDecoder(vae, CPU, torch.float32))
+
+    torch.testing.assert_close(found, autoencoder.decode(vae, z), rtol=0, atol=1e-4)
+
+
+def test_a_gpu_makes_scores_in_float32_of_bfloat16() -> None:
+    with FakeTensorMode():
+        q, k = (torch.empty(count, 512, dtype=torch.bfloat16, device="cuda") for count in (7, 60))
+
+        scores = banded_decoder._scores(q, k)
+
+    assert (scores.dtype, scores.shape, scores.device.type) == (torch.float32, (7, 60), "cuda")
 
 
 def test_pictures_of_one_cell_and_one_row_are_decoded() -> None:
@@ -193,7 +215,7 @@ def test_it_multiplies_no_more_than_the_decoder_as_it_is_written(published: Auto
             work()
         return float(counter.get_total_flops())
 
-    # Attention's two products, 2 N^2 C each: the plain decoder's are in a fused kernel, and the first of ours is left out.
+    # Attention's two products, 2 N^2 C each: none of the plain decoder's is counted, nor the first of ours.
     scores = 2 * (128 * 128) ** 2 * 512
     plain = products(lambda: autoencoder.decode(published, z)) + 2 * scores
     sparing, ample = (products(lambda s=s: banded.decode(banded.prepare(z), sparing=s)) + scores for s in (True, False))
