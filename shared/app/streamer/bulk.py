@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -108,4 +109,7 @@ class _Ring:
 
 
 def _filled(buffer: Tensor, source: Tensor) -> Tensor:
-    return buffer[: source.nbytes].copy_(source)
+    # By numpy: torch's copy_ would take a team of threads of its own in each of these.
+    filled = buffer[: source.nbytes]
+    np.copyto(filled.numpy(), source.numpy())
+    return filled
