@@ -93,6 +93,7 @@ class Sizes:
     hidden: int = 10240
     heads: int = 30
     tokens: int = 4224  # a 1024x1024 picture with its caption, where an entry has no bound
+    channels: int = 256  # of the VAE's decoder where most is moved
     many: int = 8448  # for rows: a launch then takes longer than telling the GPU of it
 
 
@@ -209,10 +210,12 @@ def entries_for(device: torch.device, capability: int, sizes: Sizes | None = Non
     usual = tuning.of_architecture(capability, tuning.known())
     works = _Works(device, sizes or Sizes())
     widths = product((512, 1024, 2048, 4096), (4, 8))
+    numbers = product((2048, 4096, 8192, 16384), (4, 8))
     boxes = product((4, 8, 16), (256, 512, 1024), (4, 8))
     kernels: dict[str, tuple[list[Launch], Callable[[int | None], Sequence[Work]]]] = {
         "row": ([{"num_warps": warps} for warps in (2, 4, 8, 16, 32)], works.rows),
         "stretch": ([{"WIDTH": wide, "num_warps": warps} for wide, warps in widths], works.stretches),
+        "map": ([{"NUMBERS": many, "num_warps": warps} for many, warps in numbers], works.maps),
         "expand": ([{"ROWS": tall, "WIDTH": wide, "num_warps": warps} for tall, wide, warps in boxes], works.expanding),
     }
     for kind in get_args(Kind):
@@ -301,6 +304,28 @@ class _Works:
 
         w13 = self._numbers(self._sizes.tokens, 2 * self._sizes.hidden)
         return [_work(lambda: fused.swiglu(w13), lambda: eager.swiglu(w13))]
+
+    def maps(self, _bound: int | None) -> list[Work]:
+        """A band of the VAE's decoder: a convolution's result finished, and normalised for the next one."""
+        import torch
+
+        from shared.ops.maps import MapOperations, eager, fused
+
+        channels, groups = self._sizes.channels, 32
+        x, skip = self._numbers(16, self._sizes.tokens, channels), self._numbers(16, self._sizes.tokens, channels)
+        bias, factor = x[0, 0].float(), skip[0, 0].float()
+
+        def settled(by: MapOperations) -> Tensor:
+            out = torch.empty_like(x)
+            by.settle(x, bias=bias, skip=skip, out=out, groups=groups)
+            return out
+
+        def normed(by: MapOperations) -> Tensor:
+            out = torch.empty_like(x)
+            by.normalise(x, factor, bias, out)
+            return out
+
+        return [_work(partial(work, fused), partial(work, eager)) for work in (settled, normed)]
 
     def expanding(self, _bound: int | None) -> list[Work]:
         """4-bit codes at random, in NVFP4's coding."""

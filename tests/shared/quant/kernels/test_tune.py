@@ -117,10 +117,7 @@ def test_every_entry_of_the_programs_table_is_tuned_once_and_large_products_last
     entries = entries_for(torch.device("cpu"), 89)
 
     listed = [(kernel, bound) for kernel, lines in tuning.read()["89"].items() for bound, _ in lines]
-    known = ("row", "stretch", "expand", "int8 matmul", "fp8 matmul")
-    assert sorted(map(str, ((e.kernel, e.bound) for e in entries))) == sorted(
-        str(line) for line in listed if line[0] in known
-    )
+    assert sorted(map(str, ((e.kernel, e.bound) for e in entries))) == sorted(map(str, listed))
     assert [(e.kernel, e.bound) for e in entries[-2:]] == [("int8 matmul", None), ("fp8 matmul", None)]
     for entry in entries:
         assert all(options.keys() == entry.options.keys() for options in entry.candidates), entry.kernel
