@@ -12,6 +12,8 @@ import torch
 from models.z_image import autoencoder, quick_decoder
 from models.z_image.banded_decoder import BandedDecoder
 from models.z_image.decoding import Decoding
+from models.z_image.z_image_main import model_factory
+from shared.app.offload import PROFILES, DirectPlacement
 from tests.support.fake_cuda import FakeCuda, fake_cuda, on_gpu
 from tests.support.only_torch import only_torch
 
@@ -115,3 +117,31 @@ def test_on_a_cpu_the_copy_is_made_once_and_only_if_it_is_quicker(
     assert decoding._quick is kept is not None
     assert not torch.equal(first, exact)
     assert torch.equal(decoding.decode(latents(), 0, CPU, quick=False), exact)
+
+
+REQUEST: dict[str, Any] = {"input_prompt": "a fox", "seed": 3, "sampling_steps": 1, "width": 32, "height": 48}
+
+
+def draw(model: model_factory, offloader: Any, *, stays: bool) -> torch.Tensor:
+    offloader.place({"transformer": model.transformer, "text_encoder": model.text_encoder, "vae": model.vae})
+    model.device = offloader.device
+    model.prepare(("sdpa",), records=stays)
+    pictures = [model.generate(**REQUEST), model.generate(**REQUEST, precision="exact"), model.generate(**REQUEST)]
+    offloader.release()
+    return torch.stack([picture for picture in pictures if picture is not None])
+
+
+def test_mmgp_draws_what_weights_that_stay_do_in_both_precisions(model_folder: Path, gpu: FakeCuda) -> None:
+    engine = pytest.importorskip("shared.app.mmgp_engine")
+
+    def load_all() -> model_factory:
+        return model_factory(
+            model_filename=model_folder / "transformer.safetensors", dtype=torch.bfloat16, VAE_dtype=torch.float32
+        )
+
+    expected = draw(load_all(), DirectPlacement("cuda"), stays=True)
+    found = draw(load_all(), engine.MmgpOffload(PROFILES[4]), stays=False)
+
+    assert torch.equal(found, expected)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
