@@ -25,6 +25,7 @@ from shared.quant.errors import UserError
 
 RESERVE_MB = 512.0  # an estimate: the driver's context, workspaces, recorded forwards (< 300), the allocator's waste
 LEAST_RESERVE_MB = 256.0  # where weights are streamed, and so no forward is recorded
+UPLOAD_MB = 512.0  # page-locked buffers that weights travel through, at most: streamer/bulk.py
 TILED_FROM = 0.25  # of the GPU's room: a decode that needs more is done in tiles, which cost little time
 PINNED_RAM_SHARE = 0.5  # of the RAM may be page-locked
 FREE_RAM_SHARE = 0.8  # of the free RAM a CPU's decode may take in one piece
@@ -107,11 +108,21 @@ def _on_gpu(
         tile=tile,
         decode_ways=estimate.decode_ways,
         peaks_mb=peaks_of[engine],
-        ram_mb=BASE_MB + sum(weights.values()) / MIB,
+        ram_mb=_ram_beside_gpu(estimate, engine),
         vram_mb=max(peaks_of[engine].values()),
         sentences=[outlooks[engine].words, *why_tiled],
         step_seconds=seconds,
     )
+
+
+def _ram_beside_gpu(estimate: MemoryEstimate, engine: Engine) -> float:
+    """MiB of RAM: all weights where they are brought again and again; else they are read once and let go of, and what
+    cannot stay in the file counts until it is on the GPU, and the buffers that it travels through.
+    """
+    sizes = estimate.sizes.values()
+    if engine != "direct":
+        return BASE_MB + sum(size.nbytes for size in sizes) / MIB
+    return BASE_MB + UPLOAD_MB + sum(size.nbytes - size.mapped for size in sizes) / MIB
 
 
 def _check_cap(cap: int | None, least: float) -> None:

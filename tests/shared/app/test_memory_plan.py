@@ -11,6 +11,8 @@ import pytest
 from shared.app.device import DeviceInfo
 from shared.app.memory import MIB, TILES, MemoryEstimate, ModuleSizes
 from shared.app.memory_plan import Asked, MemoryPlan, Relief, next_relief, parse_size, plan_memory, unknown_sizes
+from shared.app.memory_plan.placing import UPLOAD_MB
+from shared.app.streamer.bulk import MOST_THREADS, PIECE_BYTES
 from shared.quant.errors import UserError
 
 GIB = 2**30
@@ -61,6 +63,22 @@ def test_a_large_card_gets_everything_and_decodes_in_one_piece() -> None:
 
     assert (made.engine, made.tile) == ("direct", 0)
     assert made.vram_mb == pytest.approx(20.47 * GB / MIB + 3072, rel=0.01)
+
+
+def test_weights_that_stay_on_a_card_take_no_ram_but_what_is_copied_on_the_way() -> None:
+    """A machine with less RAM than weights draws with a card that holds them."""
+    usual = model()
+    sizes = {name: replace(size, mapped=size.nbytes) for name, size in usual.sizes.items()}
+    sizes["text_encoder"] = replace(sizes["text_encoder"], mapped=sizes["text_encoder"].nbytes - 700 * MIB)
+
+    resident, streamed = (plan(card(80), replace(usual, sizes=sizes), offload=how) for how in ("none", "stream"))
+
+    assert resident.ram_mb == pytest.approx(644 + 512 + 700)
+    assert streamed.ram_mb == pytest.approx(644 + 20.47 * GB / MIB, rel=0.01)
+
+
+def test_the_buffers_of_an_upload_are_those_that_are_counted() -> None:
+    assert 2 * MOST_THREADS * PIECE_BYTES == UPLOAD_MB * MIB
 
 
 def test_a_card_that_holds_each_model_but_not_all_gets_mmgp_as_wan2gp_would() -> None:
