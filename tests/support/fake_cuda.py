@@ -77,8 +77,10 @@ class FakeCuda(TorchFunctionMode):
             return self._attribute(func, args, kwargs)
         if name == "__set__":
             return self._assign(func, args)
-        if func in _device_constructors():
+        if func in _device_constructors() or name.endswith("_like"):
             return self._create(func, args, kwargs)
+        if name == "__deepcopy__" and on_gpu(args[0]):
+            return _copied(args[0], args[1])
         if name in ("to", "cuda", "cpu") and isinstance(args[0], torch.Tensor):
             return self._convert(func, name, args, kwargs)
         if name == "_has_compatible_shallow_copy_type":
@@ -120,6 +122,8 @@ class FakeCuda(TorchFunctionMode):
             return place_of(tensor)
         if attribute == "is_cuda":
             return on_gpu(tensor)
+        if attribute == "shape":
+            return func(*args)  # a torch.Size, which has methods of its own
         return marked(func(*args, **kwargs), place_of(tensor), keep=args)
 
     def _assign(self, func: Callable[..., Any], args: Sequence[Any]) -> None:
@@ -133,6 +137,8 @@ class FakeCuda(TorchFunctionMode):
         like = args[0] if args and isinstance(args[0], torch.Tensor) else None
         device = place_of(like) if given is None and like is not None else torch.device(given or self.default_device)
         pinned = kwargs.pop("pin_memory", False)
+        if like is not None:  # else it would be where that one is, "meta" for one
+            kwargs["device"] = CPU if device.type == "cuda" else device
         if func in (torch.tensor, torch.as_tensor) and device.type == "cuda":
             self.waits.append(func.__name__)
         result = marked(func(*args, **kwargs), GPU if device.type == "cuda" else CPU)
@@ -198,6 +204,23 @@ def marked(value: Any, device: torch.device, keep: Sequence[Any] = ()) -> Any:
     return tree_map_only(torch.Tensor, mark, value)
 
 
+def _copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+    """A deep copy on the pretended GPU, a parameter's being a parameter."""
+    if id(tensor) not in memo:
+        memo[id(tensor)] = copied = plain(tensor).clone().as_subclass(GpuTensor)
+        if isinstance(tensor, torch.nn.Parameter):
+            copied._is_param = True  # what isinstance asks of another type than Parameter
+            copied.requires_grad_(tensor.requires_grad)
+    return memo[id(tensor)]
+
+
+class _Generator(torch.Generator):
+    """Random numbers of the CPU, whatever device they are for."""
+
+    def __new__(cls, device: object = CPU) -> _Generator:
+        return super().__new__(cls, CPU)
+
+
 @contextlib.contextmanager
 def fake_cuda(*, total_memory: int = 8 << 30, capability: tuple[int, int] = (8, 9)) -> Iterator[FakeCuda]:
     """Pretend a GPU of `total_memory` bytes and that compute capability, in this thread."""
@@ -245,5 +268,6 @@ def fake_cuda(*, total_memory: int = 8 << 30, capability: tuple[int, int] = (8, 
             patches.enter_context(mock.patch.object(torch.cuda, function.__name__, function))
         for function in (set_default_device, get_default_device):
             patches.enter_context(mock.patch.object(torch, function.__name__, function))
+        patches.enter_context(mock.patch.object(torch, "Generator", _Generator))
         patches.enter_context(gpu)
         yield gpu

@@ -20,11 +20,14 @@ from shared.bench.cases import CASES
 from shared.bench.floors import Network
 from shared.bench.goals import GOALS, Goal
 from shared.bench.machine import Machine
+from shared.bench.measure import CpuClock
 from shared.bench.page import PAGE, render
 from shared.bench.results import Record
 from shared.bench.run import Options, run_cases
 from shared.bench.stand import Stand
 from shared.bench.verdict import judge
+from tests.support.fake_cuda import fake_cuda
+from tests.support.only_torch import only_torch
 
 SMALL = twins.sized(384, 1, heads=3, refiners=1, features=64)
 QWEN3 = {
@@ -42,7 +45,13 @@ WORK: dict[str, Callable[[Stand], None]] = {
     "B1": partial(forwards.on_gpu, config=SMALL),
     "B2": partial(blocks.on_gpu, config=twins.sized(384, 1, heads=3, refiners=0, features=64)),
     "B3": partial(
-        pictures.warm, config=replace(SMALL, cap_feat_dim=64), text=QWEN3, vae=VAE, text_layers=2, base_steps=2
+        pictures.warm,
+        config=replace(SMALL, cap_feat_dim=64),
+        text=QWEN3,
+        vae=VAE,
+        text_layers=2,
+        base_steps=1,
+        sides=(512, 1024),
     ),
     "B4": partial(pictures.batches, config=SMALL),
     "B7": partial(stages.text_on_gpu, sizes=QWEN3, layers=2),
@@ -136,3 +145,29 @@ def test_the_prompt_of_whole_programs_is_as_long_as_the_goals_take_it() -> None:
     tokenizer = load_tokenizer(Path(twins.__file__).parents[1] / "demo" / "text_encoder")
 
     assert len(tokenizer(TEMPLATE.format(prompt=PROMPT), add_special_tokens=False)["input_ids"]) == PROMPT_TOKENS
+
+
+ON_GPU: dict[str, Callable[[Stand], None]] = {
+    **{case: WORK[case] for case in ("B0", "B7", "B8", "B10")},
+    "B3": partial(pictures.warm, config=SMALL, text=QWEN3, vae=VAE, text_layers=2, sides=(512,)),
+    "B4": partial(pictures.batches, config=SMALL, sizes=((1024, 1), (1024, 2))),
+    "B9": partial(pictures.growth, config=SMALL, sizes=((512, 1), (768, 1))),
+}
+
+
+@pytest.mark.parametrize("case_id", sorted(ON_GPU))
+def test_everything_of_a_case_is_on_the_gpu(case_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended one, where tensors of two devices in one operation are an error, as on a real one."""
+    import peft  # type: ignore[import-untyped]  # noqa: F401 - libraries are imported without a GPU
+    from diffusers import ZImagePipeline  # noqa: F401
+
+    monkeypatch.setattr(twins, "_recordings", lambda *_: None)  # there is nothing to record on
+    monkeypatch.setattr(pictures, "variations", lambda *_: None)  # takes half a minute there
+    with only_torch(), torch.no_grad(), fake_cuda(total_memory=80 << 30, capability=(9, 0)):
+        stand = Stand(
+            device=torch.device("cuda"), clock=CpuClock(), peers=frozenset({"P1"}), folder=tmp_path, repeats=1
+        )
+        ON_GPU[case_id](stand)
+
+    assert [row for row in stand.rows if "outcome" in row.values] == []
+    assert {"ours", "raw"} & {row.who for row in stand.rows}
