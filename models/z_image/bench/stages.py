@@ -171,7 +171,7 @@ def decode_on_gpu(
             for who, work in contenders.items()
             if stand.wants(who)
         }
-        stand.compare(f"{side}x{side}", contenders, reference=reference, facts=levels, memory=True)
+        stand.compare(f"{side}x{side}", contenders, reference=reference, facts=levels, memory=True, pictures=True)
 
 
 def decoders(stand: Stand, config: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
