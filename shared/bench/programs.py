@@ -141,6 +141,7 @@ class _Program:
     caps: Sequence[float]
     peer: PeerProgram | None
     hopeless: set[str] = field(default_factory=set)  # presets whose files the peer cannot read
+    known: dict[str, dict[str, Path]] = field(default_factory=dict)  # preset -> what files() found
 
     @cached_property
     def runs(self) -> int:
@@ -235,8 +236,10 @@ class _Program:
 
     def files(self, preset: str) -> dict[str, Path]:
         """The preset's files that are here, by what they are for."""
-        found = self.plan(preset, ()).get("files", [])
-        return {file["role"]: Path(file["path"]) for file in found if file["path"]}
+        if preset not in self.known:
+            files = self.plan(preset, ()).get("files", [])
+            self.known[preset] = {file["role"]: Path(file["path"]) for file in files if file["path"]}
+        return self.known[preset]
 
     def _generate(self, preset: str, resolution: str, steps: int) -> list[str]:
         return [
