@@ -37,6 +37,9 @@ _TIMEOUT = 3600  # seconds
 
 # Steps of the short and of the whole picture on a CPU: what lies between them is forwards and nothing else.
 _FEW, _ALL = 2, 8
+# What a picture takes; the other files of a preset are small, and lie beside these.
+_ROLES = frozenset({"transformer", "text_encoder", "vae"})
+
 # Every process reads the prompt, as the peer's does.
 _ON_GPU = ("--gpu", "cuda", "--prompt-cache", "0")
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -175,7 +178,7 @@ class _Program:
             if not self.stand.wants(who) or preset in self.hopeless:
                 continue
             files = self.files(preset)
-            if not {"transformer", "text_encoder", "vae"} <= files.keys():
+            if not files.keys() >= _ROLES:
                 self.stand.note(f"{row}, {who}: not drawn (the preset's files are not here).")
                 self.hopeless.add(preset)
                 return
@@ -235,10 +238,11 @@ class _Program:
         return {} if why else dict(json.loads(output))
 
     def files(self, preset: str) -> dict[str, Path]:
-        """The preset's files that are here, by what they are for."""
+        """The preset's files of weights that are here, by what they are for."""
         if preset not in self.known:
             files = self.plan(preset, ()).get("files", [])
-            self.known[preset] = {file["role"]: Path(file["path"]) for file in files if file["path"]}
+            here = [file for file in files if file["path"] and file["role"] in _ROLES]
+            self.known[preset] = {file["role"]: Path(file["path"]) for file in here}
         return self.known[preset]
 
     def _generate(self, preset: str, resolution: str, steps: int) -> list[str]:

@@ -27,10 +27,17 @@ from torch import nn
 from models.z_image import autoencoder
 from models.z_image.loader import load_transformer
 from models.z_image.text_encoder import load_text_encoder, load_tokenizer
+from models.z_image.vae_names import diffusers_names
 from shared.quant.linear import PackedLinear
 
 _MIB = 2**20
 _MODULE = re.compile(r"^.*?(?=(?:embed_tokens|layers|norm)\.)")  # what stands before Qwen3's own names
+
+# Qwen3's, for one question, where no file beside the tokenizer has it.
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 # Where the peer can keep its weights. Group offload fetches ahead on a stream of its own where there is a GPU.
 Place = Callable[[Any, torch.device], None]
@@ -98,9 +105,15 @@ def load_pipeline(transformer: Path, text_encoder: Path, vae: Path) -> Callable[
         reading = _filled(Qwen3Model, words, {_MODULE.sub("", n): t for n, t in load_file(text_encoder).items()})
         with torch.device("meta"):
             decoding = AutoencoderKL(**{key: value for key, value in sizes.items() if not key.startswith("_")})
-        decoding = _assigned(decoding, load_file(vae))
+        stored = load_file(vae)
+        shapes = {name: p.shape for name, p in decoding.named_parameters()}
+        named = {n: stored[given].reshape(shapes[n]) for n, given in diffusers_names(stored).items() if n in shapes}
+        decoding = _assigned(decoding, named)
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=False)
-        return ZImagePipeline(scheduler, decoding, reading, load_tokenizer(text_encoder.parent), drawing)
+        tokenizer = load_tokenizer(text_encoder.parent)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _CHAT
+        return ZImagePipeline(scheduler, decoding, reading, tokenizer, drawing)
 
     return load
 

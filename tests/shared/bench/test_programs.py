@@ -22,7 +22,7 @@ cap = float((given.get("--max-vram") or "0MB").removesuffix("MB")) * 2**20 / 1e9
 if "--dry-run" in sys.argv:
     roles = ("transformer", "text_encoder", "vae")
     print(json.dumps({
-        "files": [{"role": role, "path": os.path.abspath(f"{role}.safetensors")} for role in roles],
+        "files": [{"role": role, "path": os.path.abspath(f"{role}.safetensors")} for role in (*roles, "companion")],
         "memory": {"weights_mb": {"transformer": 1000.0}, "budget_mb": 500.0, "vram_mb": 700.0, "engine": "stream"},
     }))
     sys.exit()
@@ -43,6 +43,7 @@ print(json.dumps({
 PEER = """\
 import json, sys
 given = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+assert "--companion" not in given
 assert all(given[f"--{role}"].endswith(".safetensors") for role in ("transformer", "text-encoder", "vae"))
 if sys.argv[1] == "whole" and 0 < float(given["--cap"]) < 12:
     sys.exit("torch.OutOfMemoryError: CUDA out of memory.\\nat shutdown: something else")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from models.z_image.bench import peer_program
 from models.z_image.bench.peer_program import PLACES, main
+from models.z_image.text_encoder import TEMPLATE
 
 DEMO = Path(peer_program.__file__).parents[1] / "demo"
 FILES = {
@@ -41,6 +43,22 @@ def test_a_picture_is_drawn_from_our_files(
     with Image.open(tmp_path / "peer.png") as picture:
         red, _, blue = picture.convert("RGB").resize((1, 1)).getpixel((0, 0))  # type: ignore[misc]
     assert blue > red, "the ground is blue"
+
+
+def test_a_tokenizer_without_a_chat_template_asks_as_ours_does(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for file in FILES["text-encoder"].parent.iterdir():
+        if file.name != "chat_template.jinja":
+            shutil.copyfile(file, tmp_path / file.name)
+
+    encoder = tmp_path / FILES["text-encoder"].name
+    pipeline = peer_program.load_pipeline(FILES["transformer"], encoder, FILES["vae"])()
+
+    asked = pipeline.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "a fox"}], tokenize=False, add_generation_prompt=True, enable_thinking=True
+    )
+    assert asked == TEMPLATE.format(prompt="a fox")
 
 
 def test_sequential_offload_leaves_no_weights_where_they_were(recwarn: pytest.WarningsRecorder) -> None:
