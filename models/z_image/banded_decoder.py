@@ -60,9 +60,11 @@ class BandedDecoder:
     """A VAE's decoder for a GPU. `decoder` is diffusers' object, rounded; see quick_decoder.py."""
 
     def __init__(self, vae: Module, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-        """A copy of the VAE's decoder on `device`, 0.12 GB for the published one; the VAE is left as it is.
+        """A copy of the VAE's decoder, 0.12 GB for the published one; the VAE is left as it is.
 
-        dtype: to compute in, but for the last norm and convolution, which are float32.
+        device: where it is to lie. What is decoded on another is brought its weights part by part, and each part let
+        go of before the next: no more than 0.05 GB at once, 0.02 at the fullest moment. dtype: to compute in,
+        but for the last norm and convolution, which are float32.
         """
         self.decoder = rounded_decoder(vae, device, dtype)
         self.before = None if vae.post_quant_conv is None else _rebuilt(vae.post_quant_conv, device)
@@ -73,25 +75,15 @@ class BandedDecoder:
 
     @property
     def device(self) -> torch.device:
+        """Where it lies; what it decodes may be elsewhere."""
         device: torch.device = self.decoder.conv_in.weight.device
         return device
-
-    def on(self, device: torch.device) -> BandedDecoder:
-        """The decoder on `device`: itself, or a copy that is gone when it is let go of."""
-        here = self.device
-        if device.type == here.type and device.index in (None, here.index):
-            return self
-        moved = copy.copy(self)
-        moved.decoder = _copied_to(self.decoder, device)
-        moved.before = None if self.before is None else _copied_to(self.before, device)
-        moved._skip = None if self._skip is None else _move(self._skip, device)
-        moved._colours = _move(self._colours, device)
-        return moved
 
     def prepare(self, z: Tensor) -> Tensor:
         """What the decoder takes: z (1, 16, h, w), after a 1x1 convolution in VAEs that have one, in bfloat16."""
         if self.before is not None:
-            z = self.before(z.to(self.before.weight.dtype))
+            before = _brought_to(z.device, self.before)
+            z = before(z.to(before.weight.dtype))
         return z.to(self.decoder.conv_in.weight.dtype)
 
     def decode(self, z: Tensor, *, sparing: bool) -> Tensor:
@@ -101,25 +93,35 @@ class BandedDecoder:
         twice the memory.
         """
         walk = self._walk(z.device, SPARING_PIECE if sparing else AMPLE_PIECE)
-        x = walk.to_the_middle(self.decoder, z)
+        bring = partial(_brought_to, z.device)
+        skip = _move(self._skip, z.device) if sparing and self._skip is not None else None
+        x = self._middle(walk, z)
         *first, last = self.decoder.up_blocks
-        skip = self._skip if sparing else None
-        for stage in first:
+        for number, part in enumerate(first, 1):
+            stage = bring(part)
             for block in stage.resnets:
                 x = walk.residual(block, x)
-            if stage is not first[-1] or skip is None:
+            if number < len(first) or skip is None:
                 x = walk.double(stage.upsamplers[0], x)
-        blocks = list(last.resnets)
+            if number < len(first):
+                del stage, block  # before the next is brought
+        blocks = list(bring(last).resnets)
         if skip is not None:
-            x = walk.double_and_residual(first[-1].upsamplers[0], blocks.pop(0), skip, x)
+            x = walk.double_and_residual(stage.upsamplers[0], blocks.pop(0), skip, x)
         for block in blocks:
             x = walk.residual_again(block, x) if sparing and block.conv_shortcut is None else walk.residual(block, x)
-        return walk.leave(self.decoder.conv_norm_out, self._colours, x)
+        return walk.leave(bring(self.decoder.conv_norm_out), _move(self._colours, z.device), x)
 
     def decode_tiled(self, z: Tensor, tile: int) -> Tensor:
         """The same in tiles of `tile` latent cells, whole activations in RAM: see tiled_decoder.py."""
-        middle = self._walk(z.device, SPARING_PIECE).to_the_middle(self.decoder, z).numbers
-        return enlarge_tiled(self.decoder, middle.permute(2, 0, 1)[None], tile)
+        bring = partial(_brought_to, z.device)
+        middle = self._middle(self._walk(z.device, SPARING_PIECE), z).numbers.permute(2, 0, 1)[None]
+        rest = self.decoder
+        return enlarge_tiled(map(bring, rest.up_blocks), bring(rest.conv_norm_out), bring(rest.conv_out), middle, tile)
+
+    def _middle(self, walk: _Walk, z: Tensor) -> Map:
+        bring = partial(_brought_to, z.device)
+        return walk.to_the_middle(bring(self.decoder.conv_in), bring(self.decoder.mid_block), z)
 
     def _walk(self, device: torch.device, piece: int) -> _Walk:
         return _Walk(maps.implementation(device), self.decoder.conv_norm_out.num_groups, piece)
@@ -133,13 +135,13 @@ class _Walk:
     groups: int
     piece: int
 
-    def to_the_middle(self, decoder: Module, z: Tensor) -> Map:
+    def to_the_middle(self, conv_in: Module, mid_block: Module, z: Tensor) -> Map:
         """The first convolution and the mid block of z (1, 16, h, w)."""
-        made = _convolve(decoder.conv_in.weight, F.pad(_rows_of(z), (0, 0, 0, 0, 1, 1)))
-        x = Map(made, [self._settle(made, decoder.conv_in.bias, out=made)])
+        made = _convolve(conv_in.weight, F.pad(_rows_of(z), (0, 0, 0, 0, 1, 1)))
+        x = Map(made, [self._settle(made, conv_in.bias, out=made)])
         del made
-        x = self.residual(decoder.mid_block.resnets[0], x)
-        for attention, block in zip(decoder.mid_block.attentions, decoder.mid_block.resnets[1:], strict=True):
+        x = self.residual(mid_block.resnets[0], x)
+        for attention, block in zip(mid_block.attentions, mid_block.resnets[1:], strict=True):
             if attention is not None:
                 x = self.attention(attention, x)
             x = self.residual(block, x)
@@ -390,10 +392,14 @@ def _rebuilt(conv: Module, device: torch.device) -> nn.Conv2d:
     return made
 
 
-def _copied_to(module: Module, device: torch.device) -> Module:
-    """A copy of a module with its weights on `device`; they are not copied on the way."""
-    weights = {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in module.parameters()}
-    return copy.deepcopy(module, weights)
+def _brought_to(device: torch.device, module: Module) -> Module:
+    """A module whose weights are on `device`: itself, or a copy for as long as somebody holds it."""
+    weights = list(module.parameters())
+    here = weights[0].device
+    if here.type == device.type and device.index in (None, here.index):
+        return module
+    # The memo of deepcopy: it takes these for the copies of the weights, and copies none itself.
+    return copy.deepcopy(module, {id(p): nn.Parameter(p.to(device), requires_grad=False) for p in weights})
 
 
 def _move(tensors: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

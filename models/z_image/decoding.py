@@ -1,8 +1,8 @@
 """How latents become pictures: by the VAE itself, or by a quicker copy of its decoder, and where that lies.
 
 In RAM beside the VAE on a CPU. On a GPU whose weights stay there it takes the place of the VAE's own decoder, which
-goes to RAM until somebody asks for it (`exact`). Where weights are moved in and out it rests in RAM too, and is on the
-GPU for the time of a decode; whoever moves the weights does not see it, and leaves the transformer where it is.
+goes to RAM until somebody asks for it (`exact`). Where weights are moved in and out it rests in RAM too, and visits the
+GPU part by part; whoever moves the weights does not see it, and leaves the transformer where it is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Decoding:
             self._quick = BandedDecoder(self.vae, home)
         if self.stays:
             self._move_own(_CPU)
-        return self._quick.on(device)
+        return self._quick
 
     def _move_own(self, device: torch.device) -> None:
         """The VAE's own decoder to `device`, if it is elsewhere."""

@@ -16,7 +16,7 @@ where the untiled decode holds all of it and the convolution's workspace on the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,22 +33,22 @@ _ROWS = 64  # at a time, where numbers are widened to float32
 
 def decode_tiled(decoder: Module, z: Tensor, tile: int) -> Tensor:
     """diffusers' Decoder on (B, 16, h, w), layer by layer over tiles of `tile` latent cells; (B, 3, 8h, 8w)."""
-    return enlarge_tiled(decoder, decoder.mid_block(decoder.conv_in(z)), tile)
+    middle = decoder.mid_block(decoder.conv_in(z))
+    return enlarge_tiled(decoder.up_blocks, decoder.conv_norm_out, decoder.conv_out, middle, tile)
 
 
-def enlarge_tiled(decoder: Module, x: Tensor, tile: int) -> Tensor:
-    """What follows the decoder's mid block, on (B, C, h, w): (B, 3, 8h, 8w)."""
+def enlarge_tiled(blocks: Iterable[Module], norm: nn.GroupNorm, conv: Module, x: Tensor, tile: int) -> Tensor:
+    """What follows a decoder's mid block, on (B, C, h, w): (B, 3, 8h, 8w)."""
     device = x.device
     x = x.to("cpu")
     side = tile  # of a tile, in pixels of the activation at hand
-    for block in decoder.up_blocks:
+    for block in blocks:
         for resnet in block.resnets:
             x = _resnet(resnet, x, side, device)
         for upsampler in block.upsamplers or ():
             x = _convolve(x, upsampler.conv, _upsample, side, device, factor=2)
             side *= 2
-    last = _norm_and_silu(x, decoder.conv_norm_out, device)
-    return _convolve(x, decoder.conv_out, last, side, device).to(device)
+    return _convolve(x, conv, _norm_and_silu(x, norm, device), side, device).to(device)
 
 
 def _resnet(resnet: Module, x: Tensor, side: int, device: torch.device) -> Tensor:

@@ -10,7 +10,8 @@ On a GPU in bfloat16             models/z_image/banded_decoder.py; counted, see 
     in bands                     0.75 x numbers and pieces of at most 24 MiB, two and a third at once
     in tiles                     3 x a tile's numbers, or what attention takes of the picture, if that is more
 
-numbers: pixels x channels, those that enter the decoder's last stage. A second decoder counts where there is one.
+numbers: pixels x channels, those that enter the decoder's last stage. A second decoder counts where there is one, on a
+GPU the part of it that is brought there at once.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ _CELL_PIXELS = 8
 _LIVE, _LIVE_ON_CPU, _LIVE_ON_CPU_IN_BF16 = 3.0, 4.6, 3.5
 _PICTURE_BYTES = 80  # per pixel on a CPU: the picture in float32, a few times over, and as 8 bits
 _DECODER_SHARE = 0.6  # of a VAE's weights
-_BANDED_SHARE = 0.7  # of a VAE's weights in the same type: with those of doubling and convolution in one
+_COPY_SHARE = 0.7  # of a VAE's weights in the same type: its decoder, with doublings and convolutions in one besides
+_PART_SHARE = 0.1  # the same of what is brought to the GPU at once, where the copy rests in RAM
 _STORED_TENSORS = 2  # a tiled decode keeps whole activations between layers
 _WHOLE, _WHOLE_PIECE = 1.5, 1.5 * 96 * MIB
 _BANDED, _BANDED_PIECE = 0.75, 2.33 * 24 * MIB
-_TILED = 2.8
+_TILED = 2.75
 _MIDDLE, _SCORES = 0.125, 2.5  # of attention: maps of the picture's numbers, and scores in float32, so often
 _SCORES_AT_ONCE = 32 * MIB
 
@@ -58,9 +60,12 @@ def decode_ways(work: Workload) -> dict[int, str]:
     return {work.cells: "bands of rows"} | {tile: words for tile, words in tiles.items() if tile < work.cells}
 
 
-def own_decoder_bytes(work: Workload, vae: ModuleSizes) -> float:
-    """Of the VAE's own decoder, which is not on the GPU where another decodes."""
-    return vae.nbytes * _DECODER_SHARE if work.decodes_beside else 0.0
+def saved_bytes(work: Workload, vae: ModuleSizes) -> float:
+    """What a VAE on a GPU takes less where the other decoder has come to stay and its own one has gone."""
+    if not work.decodes_beside:
+        return 0.0
+    assert work.decode_bytes is not None
+    return vae.nbytes * (_DECODER_SHARE - _COPY_SHARE * work.decode_bytes / work.vae_bytes)
 
 
 def _beside_vae(work: Workload, tile: int, vae: ModuleSizes, channels: int) -> float:
@@ -68,14 +73,14 @@ def _beside_vae(work: Workload, tile: int, vae: ModuleSizes, channels: int) -> f
     assert work.decode_bytes is not None
     per_pixel = channels * work.decode_bytes
     numbers = work.pixels * per_pixel
-    decoder = vae.nbytes * _BANDED_SHARE * work.decode_bytes / work.vae_bytes
+    part = vae.nbytes * _PART_SHARE * work.decode_bytes / work.vae_bytes
     cells = work.pixels // _CELL_PIXELS**2
     middle = _MIDDLE * numbers + _SCORES * min(_SCORES_AT_ONCE, 4 * cells**2)
     if not tile:
-        return decoder + max(middle, _WHOLE * numbers + min(_WHOLE_PIECE, _WHOLE * numbers))
+        return part + max(middle, _WHOLE * numbers + min(_WHOLE_PIECE, _WHOLE * numbers))
     if tile >= work.cells:
-        return decoder + max(middle, _BANDED * numbers + min(_BANDED_PIECE, _WHOLE * numbers))
-    return decoder + max(middle, _TILED * _tile_pixels(work, tile) * per_pixel)
+        return part + max(middle, _BANDED * numbers + min(_BANDED_PIECE, _WHOLE * numbers))
+    return part + max(middle, _TILED * _tile_pixels(work, tile) * per_pixel)
 
 
 def _tile_pixels(work: Workload, tile: int) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.app.memory.decoding import decode_bytes, decode_ways, own_decoder_bytes
+from shared.app.memory.decoding import decode_bytes, decode_ways, saved_bytes
 from shared.app.memory.published import PublishedModule
 from shared.app.memory.sizes import (
     MIB,
@@ -46,9 +46,9 @@ class MemoryEstimate:
 
     sizes: by module: transformer (with its control branch), text_encoder, vae. decode_tiled_mb: of the decode in tiles
     of that many latent cells, for those that are worth a try, from large to small; decode_ways: the same in words.
-    decodes_beside: by a decoder that comes to the GPU and is counted with the decode, while what was there stays, but
-    for the VAE's own of own_decoder_mb. tokens: of picture and prompt in one pass. published: the modules whose sizes
-    are published ones, not read from files.
+    decodes_beside: by a decoder that comes to the GPU, while what was there stays; saved_mb: less for the VAE where
+    that decoder has come for good. tokens: of picture and prompt in one pass. published: the modules whose sizes are
+    published ones, not read from files.
     """
 
     sizes: Mapping[str, ModuleSizes]
@@ -61,7 +61,7 @@ class MemoryEstimate:
     tokens: int
     decode_ways: Mapping[int, str]
     decodes_beside: bool = False
-    own_decoder_mb: float = 0.0
+    saved_mb: float = 0.0
     published: tuple[str, ...] = ()
 
     @property
@@ -128,7 +128,7 @@ def estimate_memory(
         tile=work.tile_cells,
         decode_tiled_mb={tile: decode_bytes(work, tile, decoder, channels) / MIB for tile in ways},
         decode_ways=ways,
-        own_decoder_mb=own_decoder_bytes(work, decoder) / MIB,
+        saved_mb=saved_bytes(work, decoder) / MIB,
         decodes_beside=work.decodes_beside,
         tokens=work.tokens,
         published=tuple(name for name in STAGES.values() if name in absent),

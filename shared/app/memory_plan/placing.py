@@ -206,7 +206,7 @@ def _held(estimate: MemoryEstimate, outlook: Outlook) -> Iterator[tuple[str, flo
         if stage != "decode" or not estimate.decodes_beside:
             yield stage, outlook.held[module]
         elif outlook.stays:
-            yield stage, outlook.held[module] - estimate.own_decoder_mb * MIB
+            yield stage, outlook.held[module] - estimate.saved_mb * MIB
         else:
             yield stage, outlook.held["transformer"]  # nobody asks for the VAE, so it is left where it is
 

@@ -139,17 +139,6 @@ def demo_vae() -> AutoencoderKL:
     return autoencoder.load_vae(ROOT / "models" / "z_image" / "demo" / "vae", torch.float32)
 
 
-def test_a_copy_on_another_device_leaves_the_first_as_it_is() -> None:
-    banded = BandedDecoder(vae_of(use_post_quant_conv=True), CPU)
-
-    moved = banded.on(torch.device("meta"))
-
-    assert banded.on(CPU) is banded
-    assert moved.device.type == "meta"
-    parts = [*banded.decoder.parameters(), *banded.before.parameters(), *banded._colours, *banded._skip]
-    assert {part.device for part in parts} == {CPU}
-
-
 # ------------------------------------------------------- counted, not computed: the published VAE at a picture's size
 
 
@@ -178,9 +167,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> Iterator[AutoencoderKL]:
     [(512, 512, 0.16e9), (1024, 512, 0.47e9), (1024, 0, 0.97e9), (1536, 512, 0.98e9), (1024, 64, 0.36e9)],
     ids=str,
 )
-def test_memory_beyond_the_weights_is_as_told_and_as_the_plan_predicts(
-    published: AutoencoderKL, side: int, tile: int, most: float
-) -> None:
+def test_memory_beyond_the_weights_is_as_told(published: AutoencoderKL, side: int, tile: int, most: float) -> None:
     # Tiles are counted where RAM is not, the others where torch lays convolutions out as a GPU does.
     device = GPU if 0 < tile < side // 8 else CPU
     banded = BandedDecoder(published, device)
@@ -189,14 +176,27 @@ def test_memory_beyond_the_weights_is_as_told_and_as_the_plan_predicts(
     with LiveBytes(device) as live:
         autoencoder.decode(published, z, tile, banded)
 
-    decoder = sum(weight.nbytes for weight in banded.decoder.parameters())
+    assert 0.85 * most < live.most <= most
+
+
+@pytest.mark.parametrize(("side", "tile"), [(512, 64), (1024, 128), (1024, 0), (1024, 64)])
+def test_weights_that_rest_in_ram_take_little_more_as_the_plan_predicts(
+    published: AutoencoderKL, side: int, tile: int
+) -> None:
+    banded = BandedDecoder(published, CPU)
+    z = torch.empty(1, 16, side // 8, side // 8, device=GPU)
+    vae = ModuleSizes(nbytes=sum(weight.nbytes for weight in published.parameters()))
     work = Workload(
         width=side, height=side, tile_cells=tile, compute_bytes=2, vae_bytes=4, guided=False, on_cpu=False,
         decode_bytes=2,
     )  # fmt: skip
-    vae = ModuleSizes(nbytes=sum(weight.nbytes for weight in published.parameters()))
-    assert 0.85 * most < live.most <= most
-    assert decode_bytes(work, tile, vae, channels=256) == pytest.approx(live.most + decoder, rel=0.1)
+
+    with LiveBytes(GPU) as live:
+        autoencoder.decode(published, z, tile, banded)
+
+    assert decode_bytes(work, tile, vae, channels=256) == pytest.approx(live.most, rel=0.1)
+    if (side, tile) == (1024, 128):
+        assert live.most <= 0.48e9
 
 
 def test_nobody_waits_for_the_gpu_before_the_picture_is_done(published: AutoencoderKL) -> None:

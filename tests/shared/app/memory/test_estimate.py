@@ -72,7 +72,7 @@ def test_a_decoder_that_comes_to_a_gpu_takes_the_place_of_the_vae_s_own(tmp_path
     own, beside = estimate(tmp_path, on_cpu=False), estimate(tmp_path, on_cpu=False, decode_bytes=2)
 
     assert beside.decodes_beside and not own.decodes_beside
-    assert 0 < beside.own_decoder_mb < beside.weights_mb["vae"] and own.own_decoder_mb == 0
+    assert 0 < beside.saved_mb < beside.weights_mb["vae"] and own.saved_mb == 0
     cells = max(beside.decode_ways)
     assert beside.decode_ways[cells] == "bands of rows"
     assert all(tile < cells for tile in list(beside.decode_ways)[1:])
