@@ -56,6 +56,9 @@ def unswizzle(stored: Tensor, rows: int, columns: int) -> Tensor:
     import torch
 
     bands, tiles = (size // tile for size, tile in zip(padded_shape(rows, columns), (_ROWS, _COLUMNS), strict=True))
-    lines = stored.contiguous().view(torch.uint8).view(bands, tiles, _LINES, _ROWS // _LINES, _COLUMNS)
-    natural = lines.permute(0, 3, 2, 1, 4).reshape(bands * _ROWS, tiles * _COLUMNS)
+    fours = stored.contiguous().view(torch.uint8).flatten()
+    if fours.storage_offset() % _COLUMNS:
+        fours = fours.clone()
+    lines = fours.view(torch.int32).view(bands, tiles, _LINES, _ROWS // _LINES)  # the four of a line move together
+    natural = lines.permute(0, 3, 2, 1).reshape(bands * _ROWS, tiles).view(torch.uint8)
     return natural[:rows, :columns].contiguous().view(stored.dtype)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.quant.errors import UserError
 from shared.quant.formats import Layer
+from shared.quant.formats.scales import all_finite
 from shared.quant.svdq_tiling import DOWN, MICRO_SCALES, SCALES, UP, WORDS, unpack_scales
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ def _check_numbers(layer: Layer, packed: Mapping[str, Tensor]) -> None:
 
     wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
     for name, tensor in packed.items():
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise layer.fail(f"its {name} holds NaN or infinity.", wrong)
     for name in ("smooth", "row_scale"):
         if not packed[name].all():

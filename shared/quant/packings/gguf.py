@@ -52,6 +52,8 @@ _SCALES: Mapping[str, tuple[int, ...]] = {
     "IQ4_NL": (0,), "IQ4_XS": (0,), "TQ1_0": (52,), "TQ2_0": (64,), "Q1_0": (0,),
 }  # fmt: skip
 
+_F16_EXPONENT = 0x7C00
+
 _IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
@@ -102,8 +104,13 @@ def is_readable(type_name: str) -> bool:
 
 def scales_are_finite(blocks: Tensor, type_name: str) -> bool:
     """False when a block's scale is infinite or no number. blocks: uint8, any shape of whole blocks."""
-    flat = blocks.reshape(-1, BLOCKS[type_name][1])
-    return all(bool(_f16(flat, at).isfinite().all()) for at in _SCALES.get(type_name, ()))
+    size = BLOCKS[type_name][1]
+    flat = blocks.reshape(-1, size)
+    if flat.storage_offset() % 2 or size % 2:
+        return all(bool(_f16(flat, at).isfinite().all()) for at in _SCALES.get(type_name, ()))
+    # By the exponent's bits, all ones in what is no number: a seventh of the time, of files that are read whole.
+    halves = flat.view(torch.int16)
+    return all(int((halves[:, at // 2] & _F16_EXPONENT).max()) < _F16_EXPONENT for at in _SCALES.get(type_name, ()))
 
 
 def scales_are_lost(blocks: Tensor, type_name: str) -> bool:
