@@ -86,19 +86,18 @@ class _Watch(TorchDispatchMode):
             self.by_op[str(func.overloadpacket)] += 1
             self.bytes_moved += sum(t.numel() * t.element_size() for t in (*given, *made))
         for tensor in made:
-            self._follow(tensor, tensor.untyped_storage().nbytes())
+            self._follow(tensor, _nbytes(tensor))
         return result
 
     def _follow(self, tensor: Tensor, size: int) -> None:
         """Count `size` bytes behind a tensor that is new here until its memory is freed and its key is used again."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = _memory(tensor)
         if key in self._known:
             return
         self._known.add(key)
         self._held += size
         self.most = max(self.most, self._held)
-        weakref.finalize(storage, self._forget, key, size)
+        weakref.finalize(tensor if tensor.is_mkldnn else tensor.untyped_storage(), self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
         self._held -= size
@@ -109,5 +108,14 @@ def _is_view(func: Any, given: Sequence[Tensor], made: Sequence[Tensor]) -> bool
     """Whether an operation only returned another look at its input's memory, changing nothing."""
     if not made or func._schema.is_mutable:
         return False
-    owners = {t.untyped_storage()._cdata for t in given}
-    return all(t.untyped_storage()._cdata in owners for t in made)
+    owners = {_memory(tensor) for tensor in given}
+    return all(_memory(tensor) in owners for tensor in made)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells a tensor's memory from others'; oneDNN's tensors show none and stand for it themselves."""
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if tensor.is_mkldnn else tensor.untyped_storage().nbytes()

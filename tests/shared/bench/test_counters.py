@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
@@ -61,3 +62,14 @@ def test_everything_the_host_waits_for_is_seen() -> None:
     assert count(lambda: bool((A > 0).all())).host_reads == 1
     assert count(lambda: A.nonzero()).host_reads == 1
     assert count(lambda: (A > 0).all()).host_reads == 0
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_tensors_that_show_no_memory_are_counted_by_their_size() -> None:
+    x = torch.ones(8, 8)
+
+    counts = count(lambda: x.to_mkldnn() + x.to_mkldnn())
+
+    assert counts.by_op["aten.add"] == 1
+    assert counts.scratch_bytes == 3 * x.nbytes
+    assert counts.views == 0
