@@ -300,7 +300,7 @@ GOALS: tuple[Goal, ...] = (
          check=_faster("C5", "4.4 GB, diffusers names", 3, "P1", key="cpu_seconds")),
     _cpu("dispatch of 34 blocks (C1)", ">= 3 x diffusers", _faster("C1", "one forward", 3, "P1")),
     _cpu("dispatch of 34 blocks (C1)", "<= 6.3 ms", Check(case="C1", row="one forward", bound=6.3),
-         reason="the goal is of a core on which diffusers' forward takes 18.8 ms; the one before is the same as a ratio"),
+         reason="the goal is of a core on which diffusers takes 18.8 ms; the one before is the same as a ratio"),
     _cpu("dim 256, 96 tokens, bf16 (C2)", ">= 2 x diffusers", _faster("C2", "dim 256, 96 tokens, bf16", 2, "P1")),
     _cpu("dim 256, 96 tokens, bf16 (C2)", "<= 1.5 x the bare products",
          _within("C2", "dim 256, 96 tokens, bf16", 1.5, "raw"), "1 x"),
