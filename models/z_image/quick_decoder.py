@@ -40,10 +40,9 @@ def rounded_decoder(vae: Module, device: torch.device, dtype: torch.dtype = torc
 
     Built anew and filled with the weights from wherever they lie: an offloader's hooks stay behind.
     """
-    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
 
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):  # where nothing is filled in, to be thrown away
         decoder: Module = AutoencoderKL.from_config(vae.config).decoder
     for name, weight in vae.decoder.named_parameters():
         owner, _, parameter = name.rpartition(".")
