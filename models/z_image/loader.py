@@ -16,6 +16,7 @@ from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
 from shared.quant.layer_plan import Part, Plan, check, shapes
+from shared.quant.number_checks import NumberChecks
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ def load_transformer(
     Storage's join and widen. keep_apart: for a GPU onto which our own offloaders lay a block's tensors side by side:
     plain rows that stand apart in a large file are not joined here, see Storage's join_plain.
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
-    is not known.
+    is not known, CheckpointError for impossible numbers; in a large file the model's `number_checks` do so later.
     """
     files = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if len(files) > 2:
@@ -90,17 +91,25 @@ def load_transformer(
     plan = {module: parts for module, parts in whole.items() if not module.startswith(CONTROL_PREFIX)}
     config = read_config(checkpoint, plan)
     model = _without_weights(config)
-    storage = _storage(checkpoint, dtype, compute, keep_mapped=keep_mapped, keep_apart=keep_apart)
+    checks = NumberChecks()
+    storage = _storage(checkpoint, dtype, compute, checks, keep_mapped=keep_mapped, keep_apart=keep_apart)
     fill(model, plan, storage, source=str(checkpoint.path), name_missing=_file_names, hint=_hint_for(config))
     if len(files) > 1 or len(plan) < len(whole):
         branch = Checkpoint.open(files[1]) if len(files) > 1 else checkpoint
-        storage = _storage(branch, dtype, compute, keep_mapped=keep_mapped, keep_apart=keep_apart)
+        storage = _storage(branch, dtype, compute, checks, keep_mapped=keep_mapped, keep_apart=keep_apart)
         model.control = load_control(branch, config, storage)
+    model.number_checks = checks
     return model.eval().requires_grad_(False)
 
 
 def _storage(
-    checkpoint: Checkpoint, dtype: torch.dtype, compute: str, *, keep_mapped: bool, keep_apart: bool
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    compute: str,
+    checks: NumberChecks,
+    *,
+    keep_mapped: bool,
+    keep_apart: bool,
 ) -> Storage:
     is_large = checkpoint.nbytes >= MAPPED_FROM
     stays_mapped = keep_mapped and is_large
@@ -110,6 +119,7 @@ def _storage(
         join=not stays_mapped,
         join_plain=not (keep_apart and is_large),
         widen=stays_mapped,
+        checks=checks if is_large else None,
     )
 
 

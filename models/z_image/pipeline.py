@@ -23,6 +23,7 @@ from models.z_image.step_cache import StepCache
 from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import Captions, ZImageTransformer
 from shared.ops.upload import upload
+from shared.quant.errors import NumbersError
 
 T = TypeVar("T")
 
@@ -118,12 +119,16 @@ class ZImagePipeline:
         positive, negative = self._timed("text", lambda: self.encode(request))
         latents: Tensor | None = None
         began = time.perf_counter()
-        for step in self.denoise(request, positive, negative, on_begin, on_repeat):
-            latents = step.latents
-            if on_step is not None:
-                on_step(step)
-            if should_stop():
-                return None
+        try:
+            for step in self.denoise(request, positive, negative, on_begin, on_repeat):
+                latents = step.latents
+                if on_step is not None:
+                    on_step(step)
+                if should_stop():
+                    return None
+        except NumbersError:
+            self.transformer.number_checks.finish()  # a file's bad scale, if that is why, is what the user should hear
+            raise
         self._seconds("denoise", began)
         assert latents is not None  # a request has at least one step
         if should_stop():
@@ -161,7 +166,8 @@ class ZImagePipeline:
     ) -> Iterator[Step]:
         """Yield a Step after each step of the request's sampler, from the seeds' noise or the request's start.
 
-        A step whose numbers turned out bad comes again, and those after it; see safety.walk.
+        A step whose numbers turned out bad comes again, and those after it; see safety.walk. The last comes when the
+        transformer's number_checks are done, which may raise CheckpointError.
         """
         shape = (self.transformer.config.in_channels, request.height // 8, request.width // 8)
         source = NoiseSource(request.seeds, shape, request.variation)
@@ -201,6 +207,8 @@ class ZImagePipeline:
             predict.forget()
             predict.set_prompts(self._prompts(request, positive, negative))
 
+        checks = self.transformer.number_checks
+        checks.start()
         walk = safety.walk(
             sample, ask, total, go_back=go_back, helped=self._helped,
             remedies=lambda: self.safeguard.remedies(self.transformer, self.device),
@@ -208,6 +216,9 @@ class ZImagePipeline:
         try:
             for index, latents in walk:
                 self.report.forwards, self.report.saved = predict.forwards, predict.saved
+                checks.poll()
+                if index + 1 == total:
+                    checks.finish()
                 yield Step(index, total, begun.sigmas[index + 1], latents)
                 if self.loras.set_step(index + 1):
                     predict.set_prompts(self._prompts(request, positive, negative))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -24,6 +25,7 @@ from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import LayerMismatchError, UserError
 from shared.quant.formats import layers_of
 from shared.quant.layer_plan import Part, Plan, shapes
+from shared.quant.number_checks import NumberChecks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,8 +137,10 @@ class TextEncoder:
         key = hashlib.sha256(f"{self._state} {ids}".encode()).hexdigest()
         features = None if self._store is None else self._store.load(key)
         if features is None or len(features) != len(ids):
-            with torch.no_grad():
-                output = self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+            model = self.model
+            checks = getattr(model, "number_checks", None)
+            with torch.no_grad(), nullcontext() if checks is None else checks.beside():
+                output = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
             features = output.last_hidden_state[0].cpu()
             self.encoded += 1
             if not bool(torch.isfinite(features).all()) or bool(features.min() == features.max()):
@@ -177,8 +181,11 @@ def load_text_encoder(
         model = Qwen3Model(config)
     model.norm = nn.Identity()
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
-    widen = keep_mapped and checkpoint.nbytes >= MAPPED_FROM
-    fill(model, used, Storage(dtype=dtype, compute=compute, widen=widen), source=str(checkpoint.path))
+    is_large = checkpoint.nbytes >= MAPPED_FROM
+    checks = NumberChecks()
+    storage = Storage(dtype=dtype, compute=compute, widen=keep_mapped and is_large, checks=checks if is_large else None)
+    fill(model, used, storage, source=str(checkpoint.path))
+    model.number_checks = checks  # beside the first prompt, see TextEncoder
     return model.eval()
 
 

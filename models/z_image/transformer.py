@@ -41,6 +41,7 @@ from models.z_image.patches import pad_tokens, patchify, round_up, unpatchify
 from models.z_image.rope import RotaryAxes, as_read, length_mask
 from shared import ops
 from shared.ops.attention import Backend
+from shared.quant.number_checks import NumberChecks
 
 if TYPE_CHECKING:
     from models.z_image.control import ControlBranch, ControlSignal
@@ -95,6 +96,7 @@ class ZImageTransformer(nn.Module):
         self.rope = RotaryAxes(config)
         # A part of the network, so that an offloader brings it along; loader.py puts it in when a file holds one.
         self.control: ControlBranch | None = None
+        self.number_checks = NumberChecks()  # what load_transformer() has left to do of them
 
     @property
     def dtype(self) -> torch.dtype:

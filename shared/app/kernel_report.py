@@ -192,7 +192,7 @@ def _packed(probe: Probe, weight: Tensor, folder: Path) -> Packed:
     from safetensors.torch import save
 
     from shared.quant.checkpoint import Checkpoint
-    from shared.quant.formats import format_of, layers_of
+    from shared.quant.formats import format_of, layers_of, read_checked
 
     file = folder / f"{probe.label}.safetensors"
     file.write_bytes(save({f"probe.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}))
@@ -201,7 +201,7 @@ def _packed(probe: Probe, weight: Tensor, folder: Path) -> Packed:
     found = format_of(layer)
     if found is None:
         raise RuntimeError(f"a layer written as {probe.label} is taken for plain numbers")
-    packed = found.read(layer)
+    packed = read_checked(found, layer)
     # What is read stays mapped from the file, which is deleted in a moment.
     return type(packed)(packed.packing, packed.shape, {name: t.clone() for name, t in packed.tensors.items()})
 

@@ -8,10 +8,10 @@ PackedLinear.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from shared.quant.formats import Format, format_of
+from shared.quant.formats import Format, check_of, format_of
 from shared.quant.layer_plan import NameMissing, Part, Plan, check, join_name
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from shared.quant.linear import JoinedLinear, PackedLinear
+    from shared.quant.number_checks import NumberChecks
+    from shared.quant.packing import Packed
 
 # Bytes of a file. The linears of a smaller one are better copied: each is one product then, of its own numbers.
 MAPPED_FROM = 2**30
@@ -34,6 +36,7 @@ class Storage:
     join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
     each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
     join_plain: the same of plain ones alone, for a GPU where somebody lays them one behind the other.
+    checks: takes the looking through of packed numbers, to be done later (number_checks.py); None: done at once.
     widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
     each product.
     """
@@ -43,6 +46,7 @@ class Storage:
     join: bool = True
     join_plain: bool = True
     widen: bool = False
+    checks: NumberChecks | None = None
 
 
 def fill(
@@ -57,7 +61,7 @@ def fill(
     """Put every layer of `plan` into `model` (built on the meta device).
 
     source, name_missing, hint: as for check(), whose errors it raises, besides UnknownFormatError and CheckpointError
-    as the formats do. Plain tensors of the right type and layout stay mapped from disk; what has to be copied is, layer
+    as the formats do; what their check() finds, later if `storage.checks` takes it. Plain tensors of the right type and layout stay mapped from disk; what has to be copied is, layer
     by layer, without its source staying in memory.
     """
     from torch import nn
@@ -67,11 +71,11 @@ def fill(
         parts = plan[module]
         is_linear = "weight" in parameters and isinstance(model.get_submodule(module), nn.Linear)
         if any(format_of(p.layer) for p in parts):
-            filled = _packed_linear(parts, "bias" in parameters, storage)
             if is_linear:
-                _replace(model, module, filled)
+                _replace(model, module, _packed_linear(parts, "bias" in parameters, storage))
             else:  # an embedding table, say: nothing multiplies it, so it is unpacked once
-                _set_parameter(model, f"{module}.weight", filled.dequantize())
+                table = _packed_linear(parts, "bias" in parameters, replace(storage, checks=None))
+                _set_parameter(model, f"{module}.weight", table.dequantize())
         elif is_linear and storage.widen and (halves := _halves(parts, "bias" in parameters, storage)):
             _replace(model, module, halves)
         elif (
@@ -154,7 +158,11 @@ def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> P
     blocks: dict[int, Packed | Tensor] = {}
     for part in parts:
         packed_format: Format | None = format_of(part.layer)
-        whole = part.layer.load("weight")[0].to(dtype) if packed_format is None else packed_format.read(part.layer)
+        if packed_format is None:
+            whole: Packed | Tensor = part.layer.load("weight")[0].to(dtype)
+        else:
+            whole = packed_format.read(part.layer)
+            _check(packed_format, part, whole, storage.checks)
         if len(parts) == 1 and part.in_order and isinstance(whole, Packed):
             return PackedLinear(whole, bias, dtype, compute=compute)
         height = whole.shape[0] // len(part.blocks)
@@ -177,6 +185,17 @@ def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> P
         else:
             linears.append(_plain_linear(rows, part_bias))
     return JoinedLinear(linears)
+
+
+def _check(found: Format, part: Part, packed: Packed, later: NumberChecks | None) -> None:
+    """Look through a layer's numbers, or have it done later."""
+    check = check_of(found, part.layer, packed)
+    if check is None:
+        return
+    if later is None:
+        check()
+    else:
+        later.add(check)
 
 
 def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

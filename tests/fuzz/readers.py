@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.formats import Layer, format_of, layers_of
+from shared.quant.formats import Layer, format_of, layers_of, read_checked
 from tests.fuzz import seeds
 from tests.fuzz.mutations import Tensors
 from tests.fuzz.seeds import SMALL
@@ -65,7 +65,7 @@ def _read_layer(layer: Layer) -> None:
         return
     packed_format.describe(layer)
     shape = packed_format.shape(layer)
-    packed = packed_format.read(layer)
+    packed = read_checked(packed_format, layer)
     weight = packed.dequantize(torch.float32)
     assert tuple(weight.shape) == tuple(shape) == tuple(packed.shape), f"{layer.module}: {shape}, {weight.shape}"
 

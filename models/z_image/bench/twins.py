@@ -29,7 +29,7 @@ from models.z_image.text_encoder import TextEncoder
 from models.z_image.transformer import ZImageTransformer
 from shared.ops.graphs import CudaRecorder
 from shared.quant.checkpoint import Checkpoint
-from shared.quant.formats import format_of, layers_of, svdq
+from shared.quant.formats import format_of, layers_of, read_checked, svdq
 from shared.quant.kernels.resolve import resolve
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
@@ -371,5 +371,7 @@ def _pack(weight: Tensor, role: str, kind: str, folder: Path, rank: int) -> Pack
     layer = layers_of(checkpoint, checkpoint.tensors)["blocks.0"]
     found = format_of(layer)
     assert found is not None
-    packed = found.read(layer)  # its tensors may be mapped from the file, which is written anew for the next layer
+    packed = read_checked(
+        found, layer
+    )  # its tensors may be mapped from the file, which is written anew for the next layer
     return Packed(packed.packing, packed.shape, {name: tensor.clone() for name, tensor in packed.tensors.items()})

@@ -11,7 +11,7 @@ from shared.quant import error_lora
 from shared.quant.convert.jobs import Job, LayerReport, Means, tensor_name
 from shared.quant.convert.read_back import errors_of, missing
 from shared.quant.errors import CheckpointError, UserError
-from shared.quant.formats import format_of
+from shared.quant.formats import format_of, read_checked
 from shared.quant.recipe import KEPT
 from shared.quant.targets import PLAIN, Target
 
@@ -106,7 +106,7 @@ def _blocks(job: Job, suffix: str, blocks: Sequence[int]) -> Tensor:
         if not set(part.blocks) & set(blocks):
             continue
         packed = format_of(part.layer) if suffix == "weight" else None
-        whole = packed.read(part.layer).dequantize(torch.float32) if packed else part.layer.load(suffix)[0]
+        whole = read_checked(packed, part.layer).dequantize(torch.float32) if packed else part.layer.load(suffix)[0]
         found |= dict(zip(part.blocks, whole.chunk(len(part.blocks)), strict=True))
     rows = [found[block] for block in blocks]
     return rows[0] if len(rows) == 1 else torch.cat(rows)

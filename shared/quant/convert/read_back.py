@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from shared.quant import gguf_file
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.convert.jobs import Job, tensor_name
-from shared.quant.formats import Layer, format_of, layers_of
+from shared.quant.formats import Layer, format_of, layers_of, read_checked
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def _read_back(weight: Tensor, made: Mapping[str, Tensor], job: Job) -> Iterator
     """First row, rows of the weight, and what the format's own reader makes of the tensors; float32, new memory."""
     layer = _layer_of(made, job)
     reader = format_of(layer)
-    packed = reader.read(layer) if reader else None
+    packed = read_checked(reader, layer) if reader else None
     for start in range(0, len(weight), _ROWS_AT_ONCE):
         stop = min(start + _ROWS_AT_ONCE, len(weight))
         wanted = weight[start:stop].float()

@@ -11,9 +11,9 @@ normal case, and never by a file's name. A new format is one module here, named 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -73,6 +73,8 @@ class Format(Protocol):
     NAME: str  # for people: "SVDQ int4"
     SUFFIXES: frozenset[str]  # tensors of a layer that this format uses, besides "weight" and "bias"
     # Optional, FILE_TENSORS: frozenset[str]: tensors that mark a whole file and belong to no layer.
+    # Optional, check(layer, packed): looks through the numbers of what read() gave; raises CheckpointError for those
+    # that cannot be. Formats without one have small scales only, which read() itself looks at.
 
     def claims(self, layer: Layer) -> bool:
         """Whether the layer is of this format, judged by names, types and marker only."""
@@ -84,7 +86,8 @@ class Format(Protocol):
         """What `inspect` shows of a claimed layer: format, and rank or group where it has one."""
 
     def read(self, layer: Layer) -> Packed:
-        """Unpack a claimed layer. Raises CheckpointError for impossible shapes, types, scales."""
+        """What a claimed layer holds, mapped as it lies in the file. Raises CheckpointError for impossible shapes and
+        types. Numbers are looked through by check()."""
 
 
 @cache
@@ -129,6 +132,21 @@ def format_of(layer: Layer) -> Format | None:
             "Use another file of the same model; `wgp.py presets` lists what is readable.",
         )
     return None
+
+
+def check_of(found: Format, layer: Layer, packed: Packed) -> Callable[[], None] | None:
+    """What looks through the numbers of a layer that was read; None where read() has done so."""
+    check = getattr(found, "check", None)
+    return None if check is None else partial(check, layer, packed)
+
+
+def read_checked(found: Format, layer: Layer) -> Packed:
+    """A claimed layer whose numbers have been looked through. Raises CheckpointError as read() and check() do."""
+    packed = found.read(layer)
+    check = check_of(found, layer, packed)
+    if check is not None:
+        check()
+    return packed
 
 
 def marker_tensor(entries: Mapping[str, Any]) -> Tensor:

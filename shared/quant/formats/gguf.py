@@ -35,18 +35,25 @@ def describe(layer: Layer) -> dict[str, Any]:
 
 def read(layer: Layer) -> Packed:
     from shared.quant.packing import Packed
-    from shared.quant.packings.gguf import GgufBlocks, is_readable, scales_are_finite, scales_are_lost
+    from shared.quant.packings.gguf import GgufBlocks, is_readable
 
     kind = _type(layer)
     if not is_readable(kind):
         raise layer.fail(f"GGUF {kind} is a type that nothing here unpacks.", "Use a file of another type.")
     (blocks,) = layer.load("weight")
+    rows, columns = shape(layer)
+    return Packed(GgufBlocks(kind, columns), (rows, columns), {"blocks": blocks})
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for scales that make no numbers, or none that differ."""
+    from shared.quant.packings.gguf import scales_are_finite, scales_are_lost
+
+    kind, blocks = _type(layer), packed.tensors["blocks"]
     if not scales_are_finite(blocks, kind):
         raise layer.fail(f"a scale of its GGUF {kind} blocks is infinite or not a number.")
     if scales_are_lost(blocks, kind):
         raise layer.fail(f"every scale of its GGUF {kind} blocks is zero, but their numbers differ.")
-    rows, columns = shape(layer)
-    return Packed(GgufBlocks(kind, columns), (rows, columns), {"blocks": blocks})
 
 
 def quantize(weight: Tensor, *, type: str = "Q8_0") -> dict[str, Tensor]:

@@ -51,12 +51,17 @@ def read(layer: Layer) -> Packed:
     values, stored = layer.load("weight", "weight_scale")
     values = values[: size.rows]
     exponents = unswizzle(stored.view(torch.uint8), size.stored_rows, size.stored_columns // BLOCK)[: size.rows]
-    if (exponents == NAN).any():
-        raise layer.fail("weight_scale holds NaN.")
-    if not exponents.any() and (values.view(torch.uint8) & 0x7F).any():
-        raise layer.fail("weight_scale is zero throughout, though its weight is not.")
     packing = Mxfp8(size.columns if size.columns < size.stored_columns else None)
     return Packed(packing, (size.rows, size.columns), {"codes": values.view(torch.uint8), "exponents": exponents})
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for exponents that no weight can have."""
+    exponents, codes = packed.tensors["exponents"], packed.tensors["codes"]
+    if (exponents == NAN).any():
+        raise layer.fail("weight_scale holds NaN.")
+    if not exponents.any() and (codes & 0x7F).any():
+        raise layer.fail("weight_scale is zero throughout, though its weight is not.")
 
 
 def quantize(weight: Tensor, *, typed: bool = False) -> dict[str, Tensor]:

@@ -58,17 +58,22 @@ def read(layer: Layer) -> Packed:
     size = _size(layer)
     codes, stored = layer.load("weight", "weight_scale")
     block_scales = unswizzle(stored.view(torch.uint8), size.stored_rows, size.stored_columns // BLOCK)[: size.rows]
-    if (block_scales >= _NO_SCALE).any():
-        raise layer.fail("weight_scale holds NaN or negative numbers.")
     if _is_lightx2v(layer):
         codes = e2m1.swap_halves(codes)
     codes = codes[: size.rows]
-    if not block_scales.any() and (codes & 0x77).any():
-        raise layer.fail("weight_scale is zero throughout, though its weight is not.")
     tensor_scale = torch.full((size.rows, 1), _tensor_scale(layer), dtype=torch.float32)
     packing = Nvfp4(size.columns if size.columns < size.stored_columns else None)
     tensors = {"codes": codes, "block_scales": block_scales, "tensor_scale": tensor_scale}
     return Packed(packing, (size.rows, size.columns), tensors)
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for block scales that no weight can have."""
+    block_scales, codes = packed.tensors["block_scales"], packed.tensors["codes"]
+    if (block_scales >= _NO_SCALE).any():
+        raise layer.fail("weight_scale holds NaN or negative numbers.")
+    if not block_scales.any() and (codes & 0x77).any():
+        raise layer.fail("weight_scale is zero throughout, though its weight is not.")
 
 
 def quantize(weight: Tensor) -> dict[str, Tensor]:

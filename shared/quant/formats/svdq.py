@@ -89,8 +89,29 @@ def read(layer: Layer) -> Packed:
         "down": DOWN.to_natural(tensors["proj_down"], rank, columns),
         "up": UP.to_natural(tensors["proj_up"], rows, rank),
     }
-    _check_numbers(layer, packed)
     return Packed(Svdq(kind), (rows, columns), packed)
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for NaN, infinity, and zeros that numbers are multiplied or divided by."""
+    import torch
+
+    tensors = packed.tensors
+    wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise layer.fail(f"its {name} holds NaN or infinity.", wrong)
+    for name in ("smooth", "row_scale"):
+        if not tensors[name].all():
+            raise layer.fail(f"its {name} holds zeros.", wrong)
+    unscaled = tensors["scales"].float() == 0
+    if unscaled.any():
+        # fp4 has two zeros, 0 and -0.
+        magnitude = 0x77 if tensors["scales"].dtype == torch.float8_e4m3fn else 0xFF
+        used = (tensors["codes"] & magnitude).unflatten(1, (unscaled.shape[1], -1)).any(dim=2)
+        lost = int((unscaled & used).sum())
+        if lost:
+            raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
 
 
 def _kind(layer: Layer) -> Kind:
@@ -141,26 +162,6 @@ def _check_header(layer: Layer) -> tuple[Kind, tuple[int, int], int]:
         # It would be in tiles too. No Z-Image layer that nunchaku packs has one.
         raise layer.fail("has a bias, which this version does not read beside packed weights.", "Use another file.")
     return kind, (rows, columns), rank
-
-
-def _check_numbers(layer: Layer, packed: Mapping[str, Tensor]) -> None:
-    import torch
-
-    wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
-    for name, tensor in packed.items():
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise layer.fail(f"its {name} holds NaN or infinity.", wrong)
-    for name in ("smooth", "row_scale"):
-        if not packed[name].all():
-            raise layer.fail(f"its {name} holds zeros.", wrong)
-    unscaled = packed["scales"].float() == 0
-    if unscaled.any():
-        # fp4 has two zeros, 0 and -0.
-        magnitude = 0x77 if packed["scales"].dtype == torch.float8_e4m3fn else 0xFF
-        used = (packed["codes"] & magnitude).unflatten(1, (unscaled.shape[1], -1)).any(dim=2)
-        lost = int((unscaled & used).sum())
-        if lost:
-            raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
 
 
 def nbytes(kind: Kind, rows: int, columns: int, rank: int) -> int:

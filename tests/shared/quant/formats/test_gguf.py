@@ -12,7 +12,7 @@ from gguf.quants import dequantize
 from shared.quant import gguf_file
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError
-from shared.quant.formats import Layer, format_of, gguf, layers_of
+from shared.quant.formats import Layer, format_of, gguf, layers_of, read_checked
 from shared.quant.gguf_file import Source
 from tests.support.gguf_blocks import random_blocks
 
@@ -66,7 +66,7 @@ def test_a_scale_that_is_no_number_is_named(tmp_path: Path) -> None:
     blocks[5, 144 + 2 : 144 + 4] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # f16 NaN as a minimum
 
     with pytest.raises(CheckpointError, match=r"layers\.0\.w: a scale of its GGUF Q4_K blocks is infinite or not"):
-        gguf.read(layer_in(tmp_path / "m.gguf", blocks, "Q4_K"))
+        read_checked(gguf, layer_in(tmp_path / "m.gguf", blocks, "Q4_K"))
 
 
 def test_scales_that_were_lost_are_named_and_a_weight_of_zeros_is_not(tmp_path: Path) -> None:
@@ -75,13 +75,13 @@ def test_scales_that_were_lost_are_named_and_a_weight_of_zeros_is_not(tmp_path: 
     zeros = gguf.quantize(torch.zeros(8, 64), type="Q4_0")["weight"]
 
     with pytest.raises(CheckpointError, match="every scale of its GGUF Q8_0 blocks is zero"):
-        gguf.read(layer_in(tmp_path / "lost.gguf", blocks.view(8, -1), "Q8_0"))
-    assert not gguf.read(layer_in(tmp_path / "zero.gguf", zeros, "Q4_0")).dequantize(torch.float32).any()
+        read_checked(gguf, layer_in(tmp_path / "lost.gguf", blocks.view(8, -1), "Q8_0"))
+    assert not read_checked(gguf, layer_in(tmp_path / "zero.gguf", zeros, "Q4_0")).dequantize(torch.float32).any()
 
 
 def test_a_type_without_decoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="GGUF Q8_1 is a type that nothing here unpacks"):
-        gguf.read(layer_in(tmp_path / "m.gguf", torch.zeros(4, 40, dtype=torch.uint8), "Q8_1"))
+        read_checked(gguf, layer_in(tmp_path / "m.gguf", torch.zeros(4, 40, dtype=torch.uint8), "Q8_1"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, UserError
-from shared.quant.formats import Layer, format_of, layers_of, mxfp8
+from shared.quant.formats import Layer, format_of, layers_of, mxfp8, read_checked
 
 Tensors = dict[str, torch.Tensor]
 
@@ -189,5 +189,5 @@ def test_what_cannot_be_read_is_named_with_file_and_layer(layer: Callable[..., L
 
     assert format_of(found) is mxfp8
     with pytest.raises(CheckpointError, match=says) as error:
-        mxfp8.read(found)
+        read_checked(mxfp8, found)
     assert "m.safetensors" in str(error.value) and MODULE in str(error.value)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, UserError
-from shared.quant.formats import Layer, format_of, layers_of, nvfp4
+from shared.quant.formats import Layer, format_of, layers_of, nvfp4, read_checked
 
 Tensors = dict[str, torch.Tensor]
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_read_is_named_with_file_and_layer(layer: Callable[..., L
 
     assert format_of(found) is nvfp4
     with pytest.raises(CheckpointError, match=says) as error:
-        nvfp4.read(found)
+        read_checked(nvfp4, found)
     assert "m.safetensors" in str(error.value) and MODULE in str(error.value)
 
 

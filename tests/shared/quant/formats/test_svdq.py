@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
-from shared.quant.formats import Layer, format_of, layers_of, svdq
+from shared.quant.formats import Layer, format_of, layers_of, read_checked, svdq
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Kind, Svdq
 from shared.quant.svdq_tiling import unpack_scales
@@ -366,7 +366,7 @@ def test_damaged_layers_are_named(file: Path, damage: str) -> None:
 
     assert svdq.claims(layer)
     with pytest.raises(CheckpointError, match=says) as error:
-        svdq.read(layer)
+        read_checked(svdq, layer)
     assert "svdq.safetensors: layers.0.attention.to_out.0" in str(error.value)
     if " holds " not in str(error.value) and " hold " not in str(error.value):  # seen in the header already
         with pytest.raises(CheckpointError, match=says):
@@ -378,7 +378,7 @@ def test_nan_in_fp4_scales_is_named(file: Path) -> None:
     tensors["wscales"].view(torch.uint8)[0, 0] = 0x7F
 
     with pytest.raises(CheckpointError, match="its scales holds NaN"):
-        svdq.read(saved(file, tensors))
+        read_checked(svdq, saved(file, tensors))
 
 
 def test_comfy_kitchen_s_untiled_tensors_are_not_taken_for_these(file: Path) -> None:
