@@ -61,8 +61,9 @@ def fill(
     """Put every layer of `plan` into `model` (built on the meta device).
 
     source, name_missing, hint: as for check(), whose errors it raises, besides UnknownFormatError and CheckpointError
-    as the formats do; what their check() finds, later if `storage.checks` takes it. Plain tensors of the right type and layout stay mapped from disk; what has to be copied is, layer
-    by layer, without its source staying in memory.
+    as the formats do; what their check() finds is raised later where `storage.checks` takes it. Plain tensors of the
+    right type and layout stay mapped from disk; what has to be copied is, layer by layer, without its source staying in
+    memory.
     """
     from torch import nn
 
