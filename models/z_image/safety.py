@@ -301,7 +301,7 @@ def _expand(layers: Iterable[PackedLinear], device: torch.device) -> None:
             next(
                 kernel
                 for kernel in kernels.available(layer.packing.name)
-                if not kernel.rounds_activations and kernel.arrange is None and kernel.refuse(layer, device) is None
+                if not kernel.rounds_activations and kernel.reads(layer) and kernel.refuse(layer, device) is None
             ),
             device,
         )

@@ -6,7 +6,10 @@
 * `weight` tells shape and type and is no tensor: code that would compute with it fails at once. (A meta tensor would
   not: F.linear with one returns uninitialised memory on torch 2.13.)
 * forward() is straight: one kernel (kernels/__init__.py), no fallback. kernels/resolve.py chooses it at load; without
-  that a layer chooses when it first meets a device, among kernels that read the weight as it lies.
+  that a layer chooses when it first meets a device.
+* What a kernel wants in another order than it lies in is put in order where it lies: for a GPU when the kernel is
+  chosen, so that whoever moves the layers finds them as they stay; on a CPU when the layer is first used, so that a
+  model is opened without reading its weights.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class PackedLinear(nn.Linear):
         self._spec = WeightSpec(torch.Size(packed.shape), dtype)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._kernels: dict[str, kernels.Kernel] = {}  # by type of device
+        self._awaits_layout = False  # whether the CPU's kernel has not been given the order it reads
 
     @property
     def weight(self) -> WeightSpec:  # type: ignore[override]
@@ -59,12 +63,12 @@ class PackedLinear(nn.Linear):
         return Packed(self.packing, (self.out_features, self.in_features), tensors)
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
-        return kernels.run(self.kernel(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+        return kernels.run(self._ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
 
     def unscaled(self, x: Tensor | Rounded) -> Tensor | Sums:
         """forward(), or the integers that it would scale where its kernel can hand on these; for a layer that nothing
         hangs on."""
-        return kernels.run_unscaled(self.kernel(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+        return kernels.run_unscaled(self._ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
 
     def takes(self, device: torch.device) -> Kind | None:
         """In which 8 bits forward() takes activations that are rounded already; None: in none.
@@ -78,14 +82,19 @@ class PackedLinear(nn.Linear):
     def kernel(self, device: torch.device) -> kernels.Kernel:
         """What computes this layer on `device`, chosen once."""
         if device.type not in self._kernels:
-            self._kernels[device.type] = kernels.select(self, device).kernel
+            self.use(kernels.select(self, device).kernel, device)
         return self._kernels[device.type]
 
     def use(self, kernel: kernels.Kernel, device: torch.device) -> None:
-        """From now on compute with `kernel` on devices of this type; the weight is laid out for it, where it lies."""
+        """From now on compute with `kernel` on devices of this type; the weight is laid out for it, where it lies.
+
+        On a CPU that is done when the layer is first used: until then the weight may lie in a file, unread.
+        """
         self._kernels[device.type] = kernel
-        if kernel.arrange is not None:
-            self._keep(kernel.arrange(self.packed))
+        if device.type == "cpu":
+            self._awaits_layout = not kernel.reads(self)
+        elif not kernel.reads(self):
+            self._lay_out_for(kernel)
 
     def twin(self, device: torch.device, kernel: kernels.Kernel | None = None) -> PackedLinear:
         """A layer of the same numbers on `device`, laid out for `kernel`, to try things with."""
@@ -105,6 +114,20 @@ class PackedLinear(nn.Linear):
     def extra_repr(self) -> str:
         chosen = ", ".join(f"{device}: {kernel.name}" for device, kernel in self._kernels.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packing}, {chosen or 'unused'}"
+
+    def _ready(self, device: torch.device) -> kernels.Kernel:
+        """What computes this layer on `device`, its weight in the order that it reads."""
+        kernel = self.kernel(device)
+        if self._awaits_layout and device.type == "cpu":
+            self._awaits_layout = False
+            if not kernel.reads(self):
+                self._lay_out_for(kernel)
+        return kernel
+
+    def _lay_out_for(self, kernel: kernels.Kernel) -> None:
+        assert kernel.arrange is not None
+        with torch.inference_mode(False):  # tensors that a later pass with gradients may read, too
+            self._keep(kernel.arrange(self.packed))
 
     def _keep(self, packed: Packed) -> None:
         """Hold these tensors instead of those held so far."""

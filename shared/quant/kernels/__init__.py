@@ -52,6 +52,10 @@ def _nothing(_layer: PackedLinear, _device: torch.device) -> str | None:
     return None
 
 
+def _never(_layer: PackedLinear) -> bool:
+    return False
+
+
 def _as_they_are(_layer: PackedLinear) -> Kind | None:
     return None
 
@@ -63,7 +67,8 @@ class Kernel:
     packing: the name of the packing served, or ANY. compute: see above. priority: among kernels of the same standing
     the higher is asked first. refuse: why not for this layer on this device, None if it can. run: the product,
     (..., in) -> (..., out). known: the figure by which it is no slower than expanding there, None where there is none.
-    arrange: the same numbers laid out as the kernel reads them, done once when the kernel is chosen; None: as they are.
+    arrange: the same numbers laid out as the kernel reads them; None: as they are. PackedLinear says when.
+    laid_out: whether a layer lies so already, where there is an `arrange`; without it this is never known.
     takes: in which 8 bits `run` takes activations of this layer that are rounded already, None where it does not.
     sums: the product of int8 codes before its scales, for an operation that applies them in its own pass; None where
         `run` gives nothing of the kind. Leaves the bias to the caller.
@@ -79,6 +84,7 @@ class Kernel:
     run: Callable[[PackedLinear, Any], Tensor]
     known: Callable[[PackedLinear, torch.device], str | None] = _nothing
     arrange: Callable[[Packed], Packed] | None = None
+    laid_out: Callable[[PackedLinear], bool] = _never
     takes: Callable[[PackedLinear], Kind | None] = _as_they_are
     sums: Callable[[PackedLinear, Any], Sums] | None = None
     expands: bool = False
@@ -87,6 +93,10 @@ class Kernel:
     @property
     def rounds_activations(self) -> bool:
         return self.compute != REFERENCE
+
+    def reads(self, layer: PackedLinear) -> bool:
+        """Whether `run` reads the weight as it lies now."""
+        return self.arrange is None or self.laid_out(layer)
 
 
 @dataclass(frozen=True, slots=True)

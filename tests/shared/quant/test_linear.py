@@ -177,3 +177,51 @@ def test_the_best_kernel_that_does_not_refuse_is_chosen_once(layer: PackedLinear
     layer(torch.randn(1, 8))
     assert asked == ["fast", "good"]
     assert "good" in repr(layer)
+
+
+def doubled(packed: Packed) -> Packed:
+    """The same weight kept another way."""
+    tensors = {"codes": packed.tensors["codes"], "scale": packed.tensors["scale"] * 2}
+    return Packed(Whole("halved"), packed.shape, tensors)
+
+
+def halving(refusal: str | None = None) -> kernels.Kernel:
+    """Reads weights only as doubled() keeps them."""
+    return kernels.Kernel(
+        "halving", "whole", "bf16", 9, lambda _layer, _device: refusal,
+        lambda layer, x: F.linear(x, layer.dequantize() / 2, layer.bias),
+        arrange=doubled, laid_out=lambda layer: layer.packing.name == "halved",
+    )  # fmt: skip
+
+
+def test_a_cpu_lays_a_weight_out_once_and_not_before_it_is_used(
+    layer: PackedLinear, table: list[kernels.Kernel]
+) -> None:
+    x = torch.randn(3, 8)
+    expected = F.linear(x, layer.dequantize(), layer.bias)
+    before = layer.packed
+
+    layer.use(halving(), torch.device("cpu"))
+
+    assert layer.packing == before.packing and layer.packed.tensors["scale"] is before.tensors["scale"]
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+    kept = layer.packed
+    assert kept.packing.name == "halved" and not kept.tensors["scale"].is_inference()
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.packed.tensors["scale"] is kept.tensors["scale"]
+
+
+def test_for_a_gpu_a_weight_is_laid_out_at_once(layer: PackedLinear) -> None:
+    layer.use(halving(), torch.device("cuda"))
+
+    assert layer.packing.name == "halved"
+
+
+def test_a_layer_that_chooses_for_itself_is_laid_out_too(layer: PackedLinear, table: list[kernels.Kernel]) -> None:
+    x = torch.randn(3, 8)
+    expected = F.linear(x, layer.dequantize(), layer.bias)
+    kernels.register(halving())
+
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.packing.name == "halved"

@@ -172,7 +172,7 @@ def test_4_bit_layers_share_one_piece_of_memory(make: MakeLayer) -> None:
 def test_a_weight_that_another_kernel_has_laid_out_is_left_to_it(make: MakeLayer) -> None:
     layer: PackedLinear = make(pack_nvfp4())
     arranged = next(k for k in kernels.available("nvfp4") if k.name == "comfy-nvfp4")
-    layer.use(arranged, DEVICE)
+    layer.use(arranged, torch.device("cuda"))  # at once, as for every GPU
 
     refusals = {k.name: k.refuse(layer, DEVICE) for k in kernels.available("nvfp4") if k.name.startswith("triton")}
 
