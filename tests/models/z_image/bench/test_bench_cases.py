@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.z_image.bench import blocks, forwards, loras, opening, pictures, stages, twins
+from models.z_image.bench import blocks, forwards, loras, opening, pictures, sparse_files, stages, twins
 from models.z_image.config import TransformerConfig
 from shared.bench.measure import CpuClock
 from shared.bench.stand import Stand
@@ -186,24 +186,34 @@ def test_growth_is_a_line_through_the_measured_points(stand: Stand) -> None:
     assert pictures._line([(1.0, 5.0), (2.0, 7.0), (3.0, 9.0)]) == pytest.approx((3.0, 2.0))
 
 
-@pytest.mark.parametrize("layout", ["official", "diffusers"])
-def test_sparse_files_are_opened_in_both_layouts(tmp_path: Path, layout: str) -> None:
+# The least widths that tiles of 128 and blocks of 256 fit.
+TILED = twins.sized(768, 1, heads=6, refiners=1, features=64)
+
+
+@pytest.mark.parametrize("kind", [*sparse_files.PLAIN, *sparse_files.KINDS])
+def test_sparse_files_are_sound_and_of_their_kind(tmp_path: Path, kind: str) -> None:
     from models.z_image.loader import load_transformer
 
-    path = tmp_path / layout / "model.safetensors"
-    size = opening.write_sparse(path, SMALL, layout=layout)
+    found = (sparse_files.PLAIN | sparse_files.KINDS)[kind]
+    path = tmp_path / ("m.gguf" if found.gguf else "m.safetensors")
+    size = sparse_files.write(path, TILED, found)
 
-    model = load_transformer(path, torch.bfloat16)
+    model = load_transformer(path, torch.bfloat16)  # which looks through the numbers of so small a file
 
     assert path.stat().st_size == size
-    assert model.config.dim == SMALL.dim
-    assert not model.layers[0].attention.qkv.weight.any()
+    assert model.config.dim == TILED.dim
+    w13 = model.layers[0].feed_forward.w13
+    is_packed = any(isinstance(module, PackedLinear) for module in w13.modules())
+    assert is_packed == (kind in sparse_files.KINDS)
+    weight = w13.dequantize() if is_packed else w13.weight
+    assert weight.shape == (2 * TILED.ffn_dim, TILED.dim)
+    assert kind == "nf4" or not weight.any()  # its code 0 stands for another number
 
 
 def test_a_file_is_opened_in_a_process_of_its_own(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "RUNS", 1)
     path = stand.folder / "model.safetensors"
-    opening.write_sparse(path, SMALL, layout="official")
+    sparse_files.write(path, SMALL, sparse_files.PLAIN["official"])
 
     opening._record(stand, "small", "ours", path, 0.1)
 
@@ -214,15 +224,17 @@ def test_a_file_is_opened_in_a_process_of_its_own(stand: Stand, monkeypatch: pyt
 def test_opening_is_timed_each_way(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "RUNS", 1)
     monkeypatch.setattr(opening.subprocess, "run", opened_here)
-    opening.opening(stand, {"small": SMALL})
+    opening.opening(stand, {"small": TILED})
 
     rows = {(row.row, row.who): row.values for row in stand.rows}
-    assert {
+    packed = {(kind, who) for kind in sparse_files.KINDS for who in ("ours", opening.FOR_A_GPU)}
+    assert packed | {
         ("small, official names", "ours"),
         ("small, diffusers names", "ours"),
         ("small, diffusers names", "P1"),
     } == set(rows)
     assert all(float(values["seconds"]) > 0 for values in rows.values())
+    assert all("used_seconds" in values for (_, who), values in rows.items() if who == "ours")
 
 
 def opened_here(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
