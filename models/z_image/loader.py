@@ -76,7 +76,7 @@ def load_transformer(
     compute: how packed layers are multiplied, see shared/quant/kernels.
     keep_mapped: for a model that stays on the CPU: of a large file no weight is copied that can be read as it lies, see
     Storage's join and widen. keep_apart: for a GPU onto which our own offloaders lay a block's tensors side by side:
-    plain rows that stand apart in a large file are not joined here, see Storage's join_plain.
+    rows that stand apart in a large file are not joined here, see Storage's stack.
     Raises LayerMismatchError listing missing, unexpected and misshapen tensors, UnknownFormatError for a packing that
     is not known, CheckpointError for impossible numbers; in a large file the model's `number_checks` do so later.
     """
@@ -117,7 +117,7 @@ def _storage(
         dtype=dtype,
         compute=compute,
         join=not stays_mapped,
-        join_plain=not (keep_apart and is_large),
+        stack=keep_apart and is_large,
         widen=stays_mapped,
         checks=checks if is_large else None,
     )

@@ -35,7 +35,8 @@ class Storage:
     compute: how packed layers are multiplied (kernels/__init__.py).
     join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
     each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
-    join_plain: the same of plain ones alone, for a GPU where somebody lays them one behind the other.
+    stack: such rows are to be laid one behind the other on the way to a GPU, and until then stay mapped: plain ones as
+    a JoinedLinear, packed ones that can be laid so as a StackedLinear.
     checks: takes the looking through of packed numbers, to be done later (number_checks.py); None: done at once.
     widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
     each product.
@@ -44,7 +45,7 @@ class Storage:
     dtype: torch.dtype
     compute: str = "auto"
     join: bool = True
-    join_plain: bool = True
+    stack: bool = False
     widen: bool = False
     checks: NumberChecks | None = None
 
@@ -81,7 +82,7 @@ def fill(
             _replace(model, module, halves)
         elif (
             is_linear
-            and not (storage.join and storage.join_plain)
+            and (storage.stack or not storage.join)
             and (apart := _apart(parts, "bias" in parameters, storage.dtype))
         ):
             _replace(model, module, apart)
@@ -153,6 +154,8 @@ def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> P
     """One PackedLinear where the parts can (and are to) be joined, else a JoinedLinear of one layer per block."""
     from shared.quant.linear import JoinedLinear, PackedLinear
     from shared.quant.packing import Packed, join_rows
+    from shared.quant.pieces import stack_rows
+    from shared.quant.stacked_linear import StackedLinear
 
     dtype, compute = storage.dtype, storage.compute
     bias = _plain(parts, "bias", dtype) if has_bias else None
@@ -175,9 +178,11 @@ def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> P
     stays_apart = (
         not storage.join and len(parts) > 1 and all(b.packing.name.startswith(_READ_AS_THEY_LIE) for b in packed)
     )
-    joined = join_rows(packed) if len(packed) == len(ordered) and not stays_apart else None
-    if joined is not None:
-        return PackedLinear(joined, bias, dtype, compute=compute)
+    if len(packed) == len(ordered) and not stays_apart:
+        if storage.stack and (stacked := stack_rows(packed)) is not None:
+            return StackedLinear(stacked, bias, dtype, compute=compute)
+        if (joined := join_rows(packed)) is not None:
+            return PackedLinear(joined, bias, dtype, compute=compute)
     biases = [None] * len(ordered) if bias is None else list(bias.chunk(len(ordered)))
     linears: list[nn.Linear] = []
     for rows, part_bias in zip(ordered, biases, strict=True):

@@ -25,6 +25,7 @@ from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant import kernels
 from shared.quant.kernels.scratch import Scratch
 from shared.quant.packing import Packed
+from shared.quant.pieces import as_one
 
 
 class WeightSpec(NamedTuple):
@@ -153,7 +154,7 @@ class JoinedLinear(nn.Linear):
 
     Some are packed and some are not, or they lie apart in a mapped file. Where all are packed it takes and hands on
     integers as one PackedLinear would: activations are rounded once for all parts. Plain parts that an offloader has
-    laid one behind the other on a GPU are one product.
+    laid one behind the other on a GPU are one product; packed ones are a StackedLinear, where they can be laid so.
     """
 
     _mm_requires_native_linear_forward = True
@@ -176,7 +177,7 @@ class JoinedLinear(nn.Linear):
         if self._all_plain and isinstance(x, Tensor) and not x.requires_grad:
             if x.device.type == "cpu":
                 return self._side_by_side(x)
-            if (weight := self._as_one()) is not None:
+            if (weight := as_one([part.weight for part in self.parts])) is not None:
                 return F.linear(x, weight)
         return torch.cat([part(x) for part in self.parts], dim=-1)
 
@@ -204,21 +205,6 @@ class JoinedLinear(nn.Linear):
         """The weight (out, in) in the layer's type."""
         weights: list[Tensor] = [p.dequantize() if isinstance(p, PackedLinear) else p.weight for p in self.parts]
         return torch.cat(weights)
-
-    def _as_one(self) -> Tensor | None:
-        """All rows as one matrix, where the parts lie one behind the other; None where they do not.
-
-        Whoever lays a block's tensors into one piece of memory (app/streamer/parts.py) lays them so. Looked at anew
-        each time: the memory is the offloader's, and may be another's in the next step.
-        """
-        first: Tensor = self.parts[0].weight
-        storage, at = first.untyped_storage().data_ptr(), first.data_ptr()
-        for part in self.parts:
-            weight = part.weight
-            if weight.data_ptr() != at or weight.untyped_storage().data_ptr() != storage or not weight.is_contiguous():
-                return None
-            at += weight.nbytes
-        return first.detach().as_strided((self.out_features, self.in_features), (self.in_features, 1))
 
     def _side_by_side(self, x: Tensor) -> Tensor:
         """Each product straight into its columns: a copy of the outputs takes 4 % of their time."""

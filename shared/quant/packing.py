@@ -63,7 +63,12 @@ def join_rows(parts: Sequence[Packed]) -> Packed | None:
     first = parts[0]
     if len(parts) == 1:
         return first
-    if any(p.packing != first.packing or p.shape[1] != first.shape[1] for p in parts):
+    if not are_alike(parts):
         return None
     tensors = first.packing.join_rows([p.tensors for p in parts])
     return None if tensors is None else Packed(first.packing, (sum(p.shape[0] for p in parts), first.shape[1]), tensors)
+
+
+def are_alike(parts: Sequence[Packed]) -> bool:
+    """Whether all are packed in the same way and equally wide."""
+    return all(p.packing == parts[0].packing and p.shape[1] == parts[0].shape[1] for p in parts)

@@ -120,8 +120,8 @@ class FakeCuda(TorchFunctionMode):
         tensor, attribute = args[0], getattr(func.__self__, "__name__", "")
         if attribute == "device":
             return place_of(tensor)
-        if attribute == "is_cuda":
-            return on_gpu(tensor)
+        if attribute in ("is_cuda", "is_cpu"):
+            return on_gpu(tensor) == (attribute == "is_cuda")
         if attribute == "shape":
             return func(*args)  # a torch.Size, which has methods of its own
         return marked(func(*args, **kwargs), place_of(tensor), keep=args)

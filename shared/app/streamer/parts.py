@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from shared.app.stream_schedule import ALIGNMENT
 from shared.app.streamer.lane import Lane, Ticket
+from shared.quant.stacked_linear import StackedLinear
 
 
 @dataclass(slots=True)
@@ -46,6 +47,7 @@ class Part:
         seen: dict[int, tuple[int, ...]] = {}  # a tensor that two attributes share travels once
         for module in modules:
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            continued = module.continued if isinstance(module, StackedLinear) else ()
             for table in tables:
                 for key, tensor in table.items():
                     if tensor is None:
@@ -53,11 +55,11 @@ class Part:
                     if id(tensor) not in seen:
                         offsets = []
                         for leaf in leaves_of(tensor):
-                            offsets.append(end)
-                            end += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
+                            offsets.append(end if key in continued else _aligned(end))
+                            end = offsets[-1] + leaf.nbytes
                         seen[id(tensor)] = tuple(offsets)
                     self._places.append(_Place(table, key, tensor, seen[id(tensor)]))
-        self.nbytes = end
+        self.nbytes = _aligned(end)
 
     def lock(self, lane: Lane | None) -> bool:
         """Move the host's numbers into page-locked memory; False where the system refuses."""
@@ -147,6 +149,11 @@ def leaves_of(tensor: Tensor) -> Iterator[Tensor]:
     names, _ = tensor.__tensor_flatten__()
     for name in names:
         yield from leaves_of(getattr(tensor, name))
+
+
+def _aligned(offset: int) -> int:
+    """The next place where a tensor may begin."""
+    return -(-offset // ALIGNMENT) * ALIGNMENT
 
 
 def _rebuilt(like: Tensor, leaves: Iterator[Tensor]) -> Tensor:

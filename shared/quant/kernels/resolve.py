@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shared.quant.errors import UserError
 from shared.quant.kernels import REFERENCE, Refusal, Selection, Trial, available, select
+from shared.quant.pieces import outline
 
 if TYPE_CHECKING:
     import torch
@@ -68,8 +69,13 @@ def resolve(
 def _key(layer: PackedLinear) -> tuple[str, object]:
     """Layers with the same key get the same kernel."""
     packed = layer.packed
-    tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in packed.tensors.items())
-    return layer.packing.name, (layer.packing, packed.shape, tensors, layer.weight.dtype, layer.bias is not None)
+    return layer.packing.name, (
+        layer.packing,
+        packed.shape,
+        outline(packed),
+        layer.weight.dtype,
+        layer.bias is not None,
+    )
 
 
 def _grouped(groups: dict[tuple[str, Selection], int]) -> tuple[Resolved, ...]:

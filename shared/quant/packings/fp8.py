@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from shared.quant.packing import Packed
+from shared.quant.pieces import Stackable
 
 DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @dataclass(frozen=True)
-class Float8:
+class Float8(Stackable):
     """Tensors: `codes` (rows, columns) uint8, and `scale` (1 or rows, groups) float32 unless it is 1 everywhere.
 
     kind: "e4m3fn" or "e5m2".
@@ -52,15 +53,17 @@ class Float8:
         of_rows = tensors["codes"].shape[0]
         return {name: t[start:stop] if t.shape[0] == of_rows else t for name, t in tensors.items()}
 
-    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]] | None:
         scales = [p["scale"] if "scale" in p else torch.ones(1, 1, device=p["codes"].device) for p in parts]
         if len({s.shape[1] for s in scales}) > 1:
             return None
-        codes = torch.cat([p["codes"] for p in parts])
+        codes = [p["codes"] for p in parts]
         if all(s.shape == (1, 1) and torch.equal(s, scales[0]) for s in scales):
-            return {"codes": codes, "scale": scales[0]} if "scale" in parts[0] else {"codes": codes}
-        rows = [s.expand(p["codes"].shape[0], -1) for s, p in zip(scales, parts, strict=True)]
-        return {"codes": codes, "scale": torch.cat(rows)}
+            return {"codes": codes, "scale": scales[:1]} if "scale" in parts[0] else {"codes": codes}
+        return {
+            "codes": codes,
+            "scale": [s.expand(len(c), -1).contiguous() for s, c in zip(scales, codes, strict=True)],
+        }
 
 
 def pack(codes: Tensor, scale: Tensor | None) -> Packed:

@@ -40,6 +40,7 @@ from torch import Tensor
 
 from shared.quant.errors import CheckpointError
 from shared.quant.gguf_file import BLOCKS
+from shared.quant.pieces import Stackable
 
 # Numbers unpacked at a time: the float32 in between stays near the processor's caches, and small beside the weights.
 _CHUNK = 2**18
@@ -58,7 +59,7 @@ _IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 
 @dataclass(frozen=True)
-class GgufBlocks:
+class GgufBlocks(Stackable):
     """A matrix in GGUF's blocks of one type ("Q4_K"). Tensor: blocks, uint8 (rows, bytes per row).
 
     columns: of the matrix. Where they are no multiple of a block's numbers (files with an `orig_shape`), blocks run on
@@ -93,8 +94,8 @@ class GgufBlocks:
             start, stop = start * self.columns // numbers, stop * self.columns // numbers
         return {"blocks": tensors["blocks"][start:stop]}
 
-    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {"blocks": torch.cat([part["blocks"] for part in parts])}
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]]:
+        return {"blocks": [part["blocks"] for part in parts]}
 
 
 def is_readable(type_name: str) -> bool:

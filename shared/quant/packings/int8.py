@@ -29,13 +29,14 @@ import torch
 from torch import Tensor
 
 from shared.quant.packing import Packed
+from shared.quant.pieces import Stackable
 
 # Where the writer puts a row's largest magnitude. -128 is never written but may be read.
 MAX_CODE = 127
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8(Stackable):
     """Tensors: `codes` (rows, columns) int8, `scale` (rows, groups) float32. rotation: ConvRot's group, 0 for none."""
 
     rotation: int = 0
@@ -54,10 +55,10 @@ class Int8:
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
         return {"codes": tensors["codes"][start:stop], "scale": tensors["scale"][start:stop]}
 
-    def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]] | None:
         if len({p["scale"].shape[1] for p in parts}) > 1:
             return None
-        return {name: torch.cat([p[name] for p in parts]) for name in ("codes", "scale")}
+        return {name: [p[name] for p in parts] for name in ("codes", "scale")}
 
 
 def pack(codes: Tensor, scale: Tensor, rotation: int = 0) -> Packed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from models.z_image import loader
 from models.z_image.z_image_main import model_factory
 from shared.app.offload import DirectPlacement, Offloader
 from shared.app.streamer import StreamOffload
-from shared.quant import mapping
+from shared.quant import linear, mapping, pieces
 from shared.quant.linear import JoinedLinear
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.fake_lane import FakeLane
@@ -49,14 +49,16 @@ def gpu() -> Iterator[FakeCuda]:
 def as_one(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each product of parts was one."""
     found: list[bool] = []
-    real = JoinedLinear._as_one
+    real = pieces.as_one
 
-    def looked(layer: JoinedLinear) -> torch.Tensor | None:
-        weight = real(layer)
-        found.append(weight is not None)
-        return weight
+    def looked(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        tensor = real(tensors)
+        if len(tensors) > 1:
+            found.append(tensor is not None)
+        return tensor
 
-    monkeypatch.setattr(JoinedLinear, "_as_one", looked)
+    monkeypatch.setattr(pieces, "as_one", looked)
+    monkeypatch.setattr(linear, "as_one", looked)
     return found
 
 
