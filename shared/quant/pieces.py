@@ -53,15 +53,15 @@ class Pieces(Mapping[str, "Tensor"]):
     """
 
     def __init__(self, heights: Sequence[int], of: Mapping[str, Sequence[Tensor]]) -> None:
-        self.heights = tuple(heights)
-        self.of = {name: tuple(pieces) for name, pieces in of.items()}
+        self.heights = heights
+        self.of = of
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
         pieces = self.of[name]
         one = as_one(pieces)
-        return torch.cat(pieces) if one is None else one
+        return torch.cat(tuple(pieces)) if one is None else one
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.of)
@@ -108,11 +108,14 @@ def as_one(pieces: Sequence[Tensor]) -> Tensor | None:
     first = pieces[0]
     if len(pieces) == 1:
         return first
-    storage, at, rows = first.untyped_storage().data_ptr(), first.data_ptr(), 0
+    at, rows = first.data_ptr(), 0
     for piece in pieces:
-        if piece.data_ptr() != at or piece.untyped_storage().data_ptr() != storage or not piece.is_contiguous():
+        if piece.data_ptr() != at or not piece.is_contiguous():
             return None
         at += piece.nbytes
-        rows += len(piece)
-    strides = (first.numel() // len(first), *first.stride()[1:])  # a single row's first stride may be anything
+        rows += piece.shape[0]
+    storage = first.untyped_storage().data_ptr()
+    if any(piece.untyped_storage().data_ptr() != storage for piece in pieces[1:]):
+        return None  # neighbours by chance
+    strides = (first.numel() // first.shape[0], *first.stride()[1:])  # a single row's first stride may be anything
     return first.detach().as_strided((rows, *first.shape[1:]), strides)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
@@ -21,7 +22,7 @@ class StackedLinear(PackedLinear):
     """
 
     _buffers_of: dict[str, tuple[str, ...]]  # of each of the packing's tensors
-    _heights: tuple[int, ...]
+    _heights: Sequence[int]
     continued: frozenset[str]
 
     @property
@@ -31,8 +32,10 @@ class StackedLinear(PackedLinear):
 
     @property
     def _pieces(self) -> Pieces:
-        of = {name: [self.get_buffer(buffer) for buffer in buffers] for name, buffers in self._buffers_of.items()}
-        return Pieces(self._heights, of)
+        own: dict[str, Any] = self._buffers  # get_buffer() takes as long as all else here
+        return Pieces(
+            self._heights, {name: tuple([own[b] for b in buffers]) for name, buffers in self._buffers_of.items()}
+        )
 
     def _keep(self, packed: Packed) -> None:
         """Hold these tensors, Pieces or not, instead of those held so far."""
