@@ -3,7 +3,7 @@
     code    0   1    2   3    4   5   6   7     8 to 15: the same with a minus
     value   0  0.5   1  1.5   2   3   4   6
 
-Two codes share a byte. Which of them comes first differs between formats; here it is the high half.
+Two codes share a byte. Which of them comes first differs between formats; here it is the high half, unless said.
 Source: OCP Microscaling Formats (MX) 1.0, section 5.3.3.
 """
 
@@ -33,19 +33,14 @@ def pack(codes: Tensor) -> Tensor:
     return codes[:, 0::2] << 4 | codes[:, 1::2]
 
 
-def unpack_values(packed: Tensor) -> Tensor:
+def unpack_values(packed: Tensor, *, low_first: bool = False) -> Tensor:
     """The numbers, float32 (rows, columns), of packed bytes (rows, columns / 2)."""
-    pairs = torch.nn.functional.embedding(packed.int(), _pairs(packed.device))
+    pairs = torch.nn.functional.embedding(packed.int(), _pairs(packed.device, low_first))
     return pairs.view(packed.shape[0], packed.shape[1] * 2)
 
 
-def swap_halves(packed: Tensor) -> Tensor:
-    """The same codes with the other column first in every byte."""
-    return packed << 4 | packed >> 4
-
-
 @cache
-def _pairs(device: torch.device) -> Tensor:
+def _pairs(device: torch.device, low_first: bool) -> Tensor:
     """(256, 2) float32: the two numbers that each byte stands for. One lookup a byte, not two."""
     high, low = torch.tensor(VALUES).expand(16, 16).t(), torch.tensor(VALUES).expand(16, 16)
-    return torch.stack([high, low], dim=-1).reshape(256, 2).to(device)
+    return torch.stack([low, high] if low_first else [high, low], dim=-1).reshape(256, 2).to(device)

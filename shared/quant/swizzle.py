@@ -20,7 +20,8 @@ picture of noise.
 
 Matrices are padded with zeros to whole tiles, (64, 24) to (128, 24), (300, 6) to (384, 8), and keep that padded
 shape in the file. A band of 128 rows is contiguous, so rows may be cut from a swizzled tensor at multiples of 128 and
-nowhere else; this program puts scales in order once, at load, and cuts where it likes.
+nowhere else. This program leaves them so, and every kernel reads them so; an order of rows and columns is made where
+something else is to be cut or looked at.
 Source: cuBLAS documentation, "1D block scaling factors layout"; checked against comfy-kitchen 0.2.40.
 """
 
@@ -31,13 +32,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROWS, _COLUMNS = 128, 4  # of a tile
+BAND = 128  # rows, between which scales may be cut
+TILE_COLUMNS = 4
 _LINES = 32  # of a tile; each holds rows i, i + 32, i + 64, i + 96
 
 
 def padded_shape(rows: int, columns: int) -> tuple[int, int]:
     """The shape that a file gives to swizzled scales of `rows` rows with `columns` blocks each."""
-    return -(-rows // _ROWS) * _ROWS, -(-columns // _COLUMNS) * _COLUMNS
+    return -(-rows // BAND) * BAND, -(-columns // TILE_COLUMNS) * TILE_COLUMNS
 
 
 def swizzle(scales: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def swizzle(scales: Tensor) -> Tensor:
     rows, columns = padded_shape(*scales.shape)
     padded = torch.zeros(rows, columns, dtype=torch.uint8, device=scales.device)
     padded[: scales.shape[0], : scales.shape[1]] = scales.view(torch.uint8)
-    tiles = padded.view(rows // _ROWS, _ROWS // _LINES, _LINES, columns // _COLUMNS, _COLUMNS)
+    tiles = padded.view(rows // BAND, BAND // _LINES, _LINES, columns // TILE_COLUMNS, TILE_COLUMNS)
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns).view(scales.dtype)
 
 
@@ -55,10 +57,10 @@ def unswizzle(stored: Tensor, rows: int, columns: int) -> Tensor:
     """Scales (rows, blocks) in natural order, contiguous, from a file's tensor of padded_shape(rows, columns)."""
     import torch
 
-    bands, tiles = (size // tile for size, tile in zip(padded_shape(rows, columns), (_ROWS, _COLUMNS), strict=True))
+    bands, tiles = (size // tile for size, tile in zip(padded_shape(rows, columns), (BAND, TILE_COLUMNS), strict=True))
     fours = stored.contiguous().view(torch.uint8).flatten()
-    if fours.storage_offset() % _COLUMNS:
+    if fours.storage_offset() % TILE_COLUMNS:
         fours = fours.clone()
-    lines = fours.view(torch.int32).view(bands, tiles, _LINES, _ROWS // _LINES)  # the four of a line move together
-    natural = lines.permute(0, 3, 2, 1).reshape(bands * _ROWS, tiles).view(torch.uint8)
+    lines = fours.view(torch.int32).view(bands, tiles, _LINES, BAND // _LINES)  # the four of a line move together
+    natural = lines.permute(0, 3, 2, 1).reshape(bands * BAND, tiles).view(torch.uint8)
     return natural[:rows, :columns].contiguous().view(stored.dtype)

@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, NamedTuple
 from shared.quant.checkpoint import TensorInfo
 from shared.quant.errors import UserError
 from shared.quant.formats import Layer, marker_tensor
+from shared.quant.packings.block_scaled import BlockScaled
 from shared.quant.swizzle import padded_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shared.quant.packing import Packed
 
 
 class Size(NamedTuple):
@@ -87,6 +90,17 @@ def size_of(layer: Layer, stored_columns: int, block: int) -> Size:
                 f"its marker says orig_shape {other!r}, it holds {stored_rows} x {stored_columns} numbers."
             )
     return Size(rows, columns, stored_rows, stored_columns)
+
+
+def scales_of(packed: Packed) -> Tensor:
+    """The scales of a layer's blocks and no padding, in any order; as they lie where there is no padding."""
+    packing = packed.packing
+    assert isinstance(packing, BlockScaled)
+    stored = packed.tensors[packing.scales]
+    rows, width = packed.tensors["codes"].shape
+    if stored.shape == (rows, width // packing.block_bytes):
+        return stored
+    return packing.natural(packed.tensors)[packing.scales]
 
 
 def blocks_of(weight: Tensor, block: int) -> Tensor:

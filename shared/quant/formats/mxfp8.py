@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer
-from shared.quant.formats.comfy_quant import Size, block_marker, blocks_of, dtype_of, require, size_of
+from shared.quant.formats.comfy_quant import Size, block_marker, blocks_of, dtype_of, require, scales_of, size_of
 from shared.quant.packing import Packed
 from shared.quant.packings.mxfp8 import BIAS, BLOCK, NAN, Mxfp8, powers
+from shared.quant.swizzle import padded_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,22 +46,22 @@ def describe(layer: Layer) -> dict[str, Any]:
 def read(layer: Layer) -> Packed:
     import torch
 
-    from shared.quant.swizzle import unswizzle
-
     size = _size(layer)
     values, stored = layer.load("weight", "weight_scale")
-    values = values[: size.rows]
-    exponents = unswizzle(stored.view(torch.uint8), size.stored_rows, size.stored_columns // BLOCK)[: size.rows]
-    packing = Mxfp8(size.columns if size.columns < size.stored_columns else None)
-    return Packed(packing, (size.rows, size.columns), {"codes": values.view(torch.uint8), "exponents": exponents})
+    tensors = {
+        "codes": values.view(torch.uint8)[: size.rows],
+        "exponents": stored.view(torch.uint8)[: padded_shape(size.rows, 1)[0]],
+    }
+    packing = Mxfp8(size.columns if size.columns < size.stored_columns else None, swizzled=True)
+    return Packed(packing, (size.rows, size.columns), tensors)
 
 
 def check(layer: Layer, packed: Packed) -> None:
     """Raises CheckpointError for exponents that no weight can have."""
-    exponents, codes = packed.tensors["exponents"], packed.tensors["codes"]
-    if (exponents == NAN).any():
+    largest = int(scales_of(packed).max())
+    if largest == NAN:
         raise layer.fail("weight_scale holds NaN.")
-    if not exponents.any() and (codes & 0x7F).any():
+    if not largest and (packed.tensors["codes"] & 0x7F).any():
         raise layer.fail("weight_scale is zero throughout, though its weight is not.")
 
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer
-from shared.quant.formats.comfy_quant import Size, block_marker, blocks_of, dtype_of, require, size_of
+from shared.quant.formats.comfy_quant import Size, block_marker, blocks_of, dtype_of, require, scales_of, size_of
 from shared.quant.packing import Packed
 from shared.quant.packings.nvfp4 import BLOCK, Nvfp4
+from shared.quant.swizzle import padded_shape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,27 +53,24 @@ def describe(layer: Layer) -> dict[str, Any]:
 def read(layer: Layer) -> Packed:
     import torch
 
-    from shared.quant import e2m1
-    from shared.quant.swizzle import unswizzle
-
     size = _size(layer)
     codes, stored = layer.load("weight", "weight_scale")
-    block_scales = unswizzle(stored.view(torch.uint8), size.stored_rows, size.stored_columns // BLOCK)[: size.rows]
-    if _is_lightx2v(layer):
-        codes = e2m1.swap_halves(codes)
-    codes = codes[: size.rows]
-    tensor_scale = torch.full((size.rows, 1), _tensor_scale(layer), dtype=torch.float32)
-    packing = Nvfp4(size.columns if size.columns < size.stored_columns else None)
-    tensors = {"codes": codes, "block_scales": block_scales, "tensor_scale": tensor_scale}
+    tensors = {
+        "codes": codes[: size.rows],
+        "block_scales": stored.view(torch.uint8)[: padded_shape(size.rows, 1)[0]],
+        "tensor_scale": torch.full((size.rows, 1), _tensor_scale(layer), dtype=torch.float32),
+    }
+    columns = size.columns if size.columns < size.stored_columns else None
+    packing = Nvfp4(columns, swizzled=True, low_first=_is_lightx2v(layer))
     return Packed(packing, (size.rows, size.columns), tensors)
 
 
 def check(layer: Layer, packed: Packed) -> None:
     """Raises CheckpointError for block scales that no weight can have."""
-    block_scales, codes = packed.tensors["block_scales"], packed.tensors["codes"]
-    if (block_scales >= _NO_SCALE).any():
+    largest = int(scales_of(packed).max())
+    if largest >= _NO_SCALE:
         raise layer.fail("weight_scale holds NaN or negative numbers.")
-    if not block_scales.any() and (codes & 0x77).any():
+    if not largest and (packed.tensors["codes"] & 0x77).any():
         raise layer.fail("weight_scale is zero throughout, though its weight is not.")
 
 

@@ -1,6 +1,7 @@
 """MXFP8 weights times activations rounded to MXFP8: comfy-kitchen rounds, torch's scaled_mm multiplies, on Blackwell.
 
-The weight's exponents are swizzled for the cores (swizzle.py) once, when the kernel is chosen.
+The weight's exponents lie in files as the cores read them (swizzle.py); elsewhere they are put so when the kernel is
+chosen.
 Source: comfy-kitchen 0.2.40, quantize_mxfp8(), scaled_mm_mxfp8() (torch.nn.functional.scaled_mm); cuBLAS from compute
 capability 10.0.
 """
@@ -39,16 +40,21 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
 
 def _arrange(packed: Packed) -> Packed:
     assert isinstance(packed.packing, Mxfp8)
-    if packed.packing.swizzled:
-        return packed
     exponents = swizzle(packed.tensors["exponents"])
     return Packed(replace(packed.packing, swizzled=True), packed.shape, {**packed.tensors, "exponents": exponents})
+
+
+def _laid_out(layer: PackedLinear) -> bool:
+    packing = layer.packing
+    assert isinstance(packing, Mxfp8)
+    return packing.swizzled
 
 
 def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     import comfy_kitchen  # type: ignore[import-untyped]
 
-    tensors = _arrange(layer.packed).tensors
+    assert _laid_out(layer)
+    tensors = layer.packed.tensors
     tokens = comfy.flat(x)
     with comfy.insisted():
         numbers, exponents = comfy_kitchen.quantize_mxfp8(tokens, pad_32x=True)
@@ -64,6 +70,13 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 
 register(
     Kernel(
-        name="comfy-mxfp8", packing="mxfp8", compute="native", priority=20, refuse=_refuse, run=_run, arrange=_arrange
+        name="comfy-mxfp8",
+        packing="mxfp8",
+        compute="native",
+        priority=20,
+        refuse=_refuse,
+        run=_run,
+        arrange=_arrange,
+        laid_out=_laid_out,
     )
 )

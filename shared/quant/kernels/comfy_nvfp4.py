@@ -1,8 +1,10 @@
 """NVFP4 weights times activations rounded to NVFP4, by comfy-kitchen on Blackwell's 4-bit cores.
 
-The weight's block scales are swizzled for the cores (swizzle.py) once, when the kernel is chosen. The activations get
-one scale above their blocks', max|x| / (448 * 6), from the activations themselves: nothing waits for the CPU.
-A matrix joined of parts has several tensor scales; the product takes the first, and the rows get the rest afterwards.
+The weight's block scales lie in files as the cores read them (swizzle.py); elsewhere they are put so when the kernel is
+chosen. Which column comes first in a byte makes no difference, as long as the activations are packed as the weight is.
+The activations get one scale above their blocks', max|x| / (448 * 6), from the activations themselves: nothing waits
+for the CPU. A matrix joined of parts may have several tensor scales; the product takes the first, and the rows get the
+rest afterwards.
 Source: comfy-kitchen 0.2.40, quantize_nvfp4(), scaled_mm_nvfp4(); cuBLAS from compute capability 10.0.
 """
 
@@ -45,10 +47,9 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
 
 def _arrange(packed: Packed) -> Packed:
     assert isinstance(packed.packing, Nvfp4)
-    if packed.packing.swizzled:
-        return packed
     tensors = dict(packed.tensors)
-    tensors["block_scales"] = swizzle(tensors["block_scales"])
+    if not packed.packing.swizzled:
+        tensors["block_scales"] = swizzle(tensors["block_scales"])
     if (tensors["tensor_scale"] == tensors["tensor_scale"][0]).all():
         tensors["tensor_scale"] = tensors["tensor_scale"][:1].clone()
     return Packed(replace(packed.packing, swizzled=True), packed.shape, tensors)
@@ -57,13 +58,15 @@ def _arrange(packed: Packed) -> Packed:
 def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     import comfy_kitchen  # type: ignore[import-untyped]
 
-    tensors = _arrange(layer.packed).tensors
+    tensors, packing = layer.packed.tensors, layer.packing
+    assert isinstance(packing, Nvfp4)
+    assert packing.swizzled
     tokens = comfy.flat(x)
     largest = tokens.abs().amax().float().clamp_(min=torch.finfo(torch.float32).tiny * _E4M3_MAX * e2m1.MAX)
     scale_x = largest / (_E4M3_MAX * e2m1.MAX)
     scale = tensors["tensor_scale"]
     with comfy.insisted():
-        codes, blocks = comfy_kitchen.quantize_nvfp4(tokens, scale_x, pad_16x=True)
+        codes, blocks = comfy_kitchen.quantize_nvfp4(tokens, scale_x, pad_16x=True, hi_first=not packing.low_first)
         result: Tensor = comfy_kitchen.scaled_mm_nvfp4(
             codes,
             tensors["codes"],

@@ -24,6 +24,7 @@ from shared.ops import compiled_ready
 from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant.gguf_file import BLOCKS
 from shared.quant.kernels import Kernel, register, torch_int8
+from shared.quant.packings.block_scaled import BlockScaled
 from shared.quant.packings.fp8 import Float8
 from shared.quant.packings.gguf import GgufBlocks
 from shared.quant.packings.mxfp8 import BLOCK as MXFP8_BLOCK
@@ -31,6 +32,7 @@ from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import BLOCK as NVFP4_BLOCK
 from shared.quant.packings.nvfp4 import Nvfp4
 from shared.quant.packings.svdq import Svdq
+from shared.quant.swizzle import TILE_COLUMNS, padded_shape
 
 if TYPE_CHECKING:
     from shared.quant.linear import PackedLinear
@@ -54,25 +56,35 @@ _LARGE = ("codes", "block_scales", "scales", "exponents", "blocks")
 
 # Loops trust what they are told, so it is checked: a tensor of another size would be read past its end.
 _ODD = "its tensors are not of the sizes that its packing says"
+_PADDED = "its blocks do not end where the matrix does"
 
 
 def _is(tensor: Tensor, itemsize: int, *shape: int) -> bool:
     return tuple(tensor.shape) == shape and tensor.element_size() == itemsize
 
 
+def _tiles(packing: BlockScaled, scales: Tensor, rows: int, blocks: int) -> int | None:
+    """How many tiles of swizzled scales lie side by side, 0 where they lie in rows; None: not of the right size."""
+    if not packing.swizzled:
+        return 0 if _is(scales, 1, rows, blocks) else None
+    rows, blocks = padded_shape(rows, blocks)
+    return blocks // TILE_COLUMNS if _is(scales, 1, rows, blocks) else None
+
+
 def _nvfp4(packed: Packed) -> _Rows | str:
     assert isinstance(packed.packing, Nvfp4)
-    if packed.packing.swizzled or packed.packing.columns is not None:
-        return "its blocks do not end where the matrix does, or lie in another kernel's order"
+    if packed.packing.columns is not None:
+        return _PADDED
     from shared.quant.kernels import compiled_rows as rows
 
     codes, blocks, row = (packed.tensors[name] for name in ("codes", "block_scales", "tensor_scale"))
     n, k = packed.shape
-    if not (_is(codes, 1, n, k // 2) and _is(blocks, 1, n, k // NVFP4_BLOCK) and row.dtype == torch.float32):
+    tiles = _tiles(packed.packing, blocks, n, k // NVFP4_BLOCK)
+    if tiles is None or not (_is(codes, 1, n, k // 2) and row.dtype == torch.float32):
         return _ODD
-    row = row.expand(n, 1).contiguous()
-    arguments = (codes.data_ptr(), -1, True, blocks.data_ptr(), rows.E4M3, NVFP4_BLOCK, row.data_ptr())
-    return _Rows("nibbles", arguments, (codes, blocks, row))
+    row, high_first = row.expand(n, 1).contiguous(), not packed.packing.low_first
+    lying = (blocks.data_ptr(), rows.E4M3, NVFP4_BLOCK, tiles)
+    return _Rows("nibbles", (codes.data_ptr(), -1, high_first, *lying, row.data_ptr()), (codes, blocks, row))
 
 
 def _svdq(packed: Packed) -> _Rows | str:
@@ -93,7 +105,7 @@ def _svdq(packed: Packed) -> _Rows | str:
         return _ODD
     group = k // groups
     kind = rows.INT4 if packing.kind == "int4" else -1
-    arguments = (codes.data_ptr(), kind, False, scales.data_ptr(), kinds[scales.dtype], group, row.data_ptr())
+    arguments = (codes.data_ptr(), kind, False, scales.data_ptr(), kinds[scales.dtype], group, 0, row.data_ptr())
     return _Rows("nibbles", arguments, (codes, scales, row))
 
 
@@ -107,25 +119,26 @@ def _fp8(packed: Packed) -> _Rows | str:
     if not _is(codes, 1, n, k):
         return _ODD
     if scale is None:
-        return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, False, 0), (codes,))
+        return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, False, 0, 0), (codes,))
     scale = scale.contiguous()
     if scale.dtype != torch.float32 or k % scale.shape[1] or len(scale) not in (1, n):
         return _ODD
-    arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], len(scale) > 1, 0)
+    arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], len(scale) > 1, 0, 0)
     return _Rows("floats8", arguments, (codes, scale))
 
 
 def _mxfp8(packed: Packed) -> _Rows | str:
     assert isinstance(packed.packing, Mxfp8)
-    if packed.packing.swizzled or packed.packing.columns is not None:
-        return "its blocks do not end where the matrix does, or lie in another kernel's order"
+    if packed.packing.columns is not None:
+        return _PADDED
     from shared.quant.kernels import compiled_rows as rows
 
     codes, exponents = packed.tensors["codes"], packed.tensors["exponents"]
     n, k = packed.shape
-    if not (_is(codes, 1, n, k) and _is(exponents, 1, n, k // MXFP8_BLOCK)):
+    tiles = _tiles(packed.packing, exponents, n, k // MXFP8_BLOCK)
+    if tiles is None or not _is(codes, 1, n, k):
         return _ODD
-    arguments = (codes.data_ptr(), rows.E4M3, 0, exponents.shape[1], False, exponents.data_ptr())
+    arguments = (codes.data_ptr(), rows.E4M3, 0, k // MXFP8_BLOCK, False, exponents.data_ptr(), tiles)
     return _Rows("floats8", arguments, (codes, exponents))
 
 

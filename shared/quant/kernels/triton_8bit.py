@@ -38,8 +38,6 @@ def why_not_four_bits(layer: PackedLinear) -> str | None:
     """Why the 4-bit kernels cannot read this weight; None when they can."""
     packing = layer.packing
     if isinstance(packing, Nvfp4):
-        if packing.swizzled:
-            return "its scales lie as another kernel reads them"
         return "its last block is padded" if packing.columns is not None else None
     return None if isinstance(packing, Svdq) else "its codes lie in another kernel's tiles"
 

@@ -33,13 +33,14 @@ class Mxfp8(BlockScaled):
     """codes: uint8 (rows, columns), E4M3 as bytes (see fp8.py). exponents: uint8 (rows, columns / 32).
 
     columns: of the matrix, where its last block is padded; None when the blocks end where the matrix does. swizzled:
-    whether the exponents are in the order of swizzle.py, padded, as tensor cores read them.
+    whether the exponents are in the order of swizzle.py, padded, as files have them and tensor cores read them.
     """
 
     columns: int | None = None
     swizzled: bool = False
     name = "mxfp8"
     scales = "exponents"
+    block_bytes = BLOCK
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         import torch
@@ -50,15 +51,6 @@ class Mxfp8(BlockScaled):
         numbers = fp8.decode(tensors["codes"], "e4m3fn", torch.float32)
         numbers.unflatten(1, (-1, BLOCK)).mul_(scales.unsqueeze(-1))
         return numbers[:, : self.columns].to(dtype)
-
-    def natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors with the exponents in rows and columns."""
-        from shared.quant.swizzle import unswizzle
-
-        if not self.swizzled:
-            return dict(tensors)
-        rows, columns = tensors["codes"].shape
-        return {**tensors, "exponents": unswizzle(tensors["exponents"], rows, columns // BLOCK)}
 
 
 def powers(exponents: Tensor) -> Tensor:

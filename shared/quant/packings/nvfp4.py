@@ -32,14 +32,16 @@ class Nvfp4(BlockScaled):
     columns / 16), E4M3 as bytes (see fp8.py). tensor_scale: float32 (rows, 1).
 
     columns: of the matrix, where its last block is padded; None when the blocks end where the matrix does. swizzled:
-    whether the block scales are in the order of swizzle.py, padded, as tensor cores read them; the tensor scale is then
-    (1, 1) where one serves all rows.
+    whether the block scales are in the order of swizzle.py, padded, as files have them and tensor cores read them.
+    low_first: whether the even column is in the low half of a byte instead. The tensor scale may be (1, 1).
     """
 
     columns: int | None = None
     swizzled: bool = False
+    low_first: bool = False
     name = "nvfp4"
     scales = "block_scales"
+    block_bytes = BLOCK // 2
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         import torch
@@ -49,16 +51,6 @@ class Nvfp4(BlockScaled):
 
         tensors = self.natural(tensors)
         scales = tensors["tensor_scale"] * fp8.decode(tensors["block_scales"], "e4m3fn", torch.float32)
-        numbers = e2m1.unpack_values(tensors["codes"])
+        numbers = e2m1.unpack_values(tensors["codes"], low_first=self.low_first)
         numbers.unflatten(1, (-1, BLOCK)).mul_(scales.unsqueeze(-1))
         return numbers[:, : self.columns].to(dtype)
-
-    def natural(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors with the block scales in rows and columns, and a tensor scale for every row."""
-        from shared.quant.swizzle import unswizzle
-
-        if not self.swizzled:
-            return dict(tensors)
-        rows, pairs = tensors["codes"].shape
-        block_scales = unswizzle(tensors["block_scales"], rows, pairs * 2 // BLOCK)
-        return {**tensors, "block_scales": block_scales, "tensor_scale": tensors["tensor_scale"].expand(rows, 1)}

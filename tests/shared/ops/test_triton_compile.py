@@ -160,9 +160,9 @@ def test_products_compile_with_the_tiles_of_the_table(capability: int, tmp_path:
 def test_expanding_compiles(capability: int, tmp_path: Path) -> None:
     from shared.quant.kernels import triton_expand
 
-    numbers = {"codes": "*u8", "row_scale": F32, "smooth": BF16, "columns": I32, "rows": I32}
-    for coding, scales, group in ((0, BF16, 64), (1, "*u8", 16), (2, "*u8", 16)):
-        constants = {"CODING": coding, "HAS_SMOOTH": coding < 2, "GROUP": group}
+    numbers = {"codes": "*u8", "row_scale": F32, "smooth": BF16, "columns": I32, "rows": I32, "tiles": I32}
+    for coding, scales, group, swizzled in ((0, BF16, 64, False), (1, "*u8", 16, False), (2, "*u8", 16, True)):
+        constants = {"CODING": coding, "SWIZZLED": swizzled, "HAS_SMOOTH": coding < 2, "GROUP": group}
         launch = tuning.launch("expand", capability, 3840)
         types = {**numbers, "scales": scales, "out": BF16}
         check(built(triton_expand._expand, types, constants, capability, launch), capability, tmp_path)

@@ -32,7 +32,7 @@ def test_numbers_go_to_the_nearest_code_and_ties_to_the_even_one() -> None:
     assert torch.equal(codes, _f32_to_floatx_unpacked(numbers, 2, 1))
 
 
-def test_swapping_the_halves_swaps_neighbouring_columns() -> None:
-    swapped = e2m1.unpack_values(e2m1.swap_halves(EVERY_BYTE))
+def test_with_the_low_half_first_neighbouring_columns_are_swapped() -> None:
+    swapped = e2m1.unpack_values(EVERY_BYTE, low_first=True)
 
     assert torch.equal(swapped.view(-1, 2), e2m1.unpack_values(EVERY_BYTE).view(-1, 2).flip(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from shared.quant.packings import fp8, int8
 from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import Nvfp4
 from shared.quant.packings.svdq import Svdq
-from shared.quant.swizzle import unswizzle
+from shared.quant.swizzle import swizzle, unswizzle
 
 ROWS, COLUMNS = 128, 256
 
@@ -36,21 +37,29 @@ def pack_fp8(kind: str = "e4m3fn", scaled: str = "rows") -> Packed:
     return fp8.pack(fp8.cast(weight() if scale is None else weight() / scale, kind), scale)
 
 
-def pack_nvfp4(parts: int = 1) -> Packed:
-    """parts: matrices of different tensor scales, joined."""
+def pack_nvfp4(parts: int = 1, *, low_first: bool = False) -> Packed:
+    """parts: matrices of different tensor scales, joined. low_first: as LightX2V packs them."""
     import comfy_kitchen
 
     packed = []
     for seed in range(parts):
         numbers = weight(seed, ROWS // parts)
         scale = numbers.abs().amax() / (448 * 6)
-        codes, stored = comfy_kitchen.quantize_nvfp4(numbers, scale)
+        codes, stored = comfy_kitchen.quantize_nvfp4(numbers, scale, hi_first=not low_first)
         block_scales = unswizzle(stored.view(torch.uint8), len(numbers), COLUMNS // 16)
         tensors = {"codes": codes, "block_scales": block_scales, "tensor_scale": scale.expand(len(numbers), 1)}
-        packed.append(Packed(Nvfp4(), (len(numbers), COLUMNS), tensors))
+        packed.append(Packed(Nvfp4(low_first=low_first), (len(numbers), COLUMNS), tensors))
     joined = join_rows(packed)
     assert joined is not None
     return joined
+
+
+def swizzled(packed: Packed) -> Packed:
+    """The same as files have it."""
+    assert isinstance(packed.packing, Nvfp4 | Mxfp8)
+    name = packed.packing.scales
+    tensors = {**packed.tensors, name: swizzle(packed.tensors[name])}
+    return Packed(replace(packed.packing, swizzled=True), packed.shape, tensors)
 
 
 def pack_mxfp8() -> Packed:

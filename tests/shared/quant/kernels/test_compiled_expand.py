@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import gguf
 import numpy as np
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from shared.quant import kernels
 from shared.quant.gguf_file import BLOCKS
-from shared.quant.kernels import torch_int8
+from shared.quant.kernels import compiled_expand, compiled_rows, torch_int8
 from shared.quant.kernels.compiled_expand import _ROWS, expand
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
@@ -21,6 +23,8 @@ from shared.quant.packings.gguf import _SCALES, GgufBlocks
 from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import Nvfp4
 from shared.quant.packings.svdq import Svdq
+from tests.shared.quant.kernels.conftest import swizzled
+from tests.support import block_scaled
 
 ROWS, COLUMNS, RANK = 24, 512, 8
 CPU = torch.device("cpu")
@@ -97,6 +101,8 @@ PACKED = {
     "fp8 bare": lambda: float8("e4m3fn", None),
     "e5m2": lambda: float8("e5m2", torch.rand(1, 1)),
     "mxfp8": mxfp8,
+    "nvfp4 as files have it": lambda: swizzled(nvfp4()),
+    "mxfp8 as files have it": lambda: swizzled(mxfp8()),
     **{kind: (lambda kind=kind: blocks(kind)) for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")},
     **{kind: (lambda kind=kind: blocks(kind)) for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
 }
@@ -125,6 +131,35 @@ def test_rows_are_the_packings_own(name: str) -> None:
     room = 8 / 7 if packed.packing.name in ("nvfp4", "svdq") else 1.0
     assert bool((scale >= least * 0.99999).all()) and bool((scale <= least * room * 1.00001).all())
     assert (codes - whole / scale).abs().max() < 0.5001  # a half may go either way
+
+
+# 300 rows are two bands and a part of one; 13 or 7 blocks in a row end within a tile of four.
+@pytest.mark.parametrize("columns", [512, 224])
+@pytest.mark.parametrize("pack", [block_scaled.nvfp4, partial(block_scaled.nvfp4, low_first=True), block_scaled.mxfp8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_swizzled_scales_are_read_where_they_lie(pack: Any, columns: int, dtype: torch.dtype) -> None:
+    in_rows, lying = (pack(1, 300, columns, swizzled=order)[0] for order in (False, True))
+    expected, got = torch.empty(300, columns, dtype=dtype), torch.empty(300, columns, dtype=dtype)
+
+    scales = expand(in_rows, expected), expand(lying, got)
+
+    assert torch.equal(got, expected)
+    assert scales[0] is scales[1] is None or torch.equal(*scales)
+    if dtype == torch.float32:
+        torch.testing.assert_close(got, lying.dequantize(torch.float32), rtol=1e-6, atol=1e-9)
+
+
+def test_threads_begin_within_a_band() -> None:
+    packed, _ = block_scaled.nvfp4(1, 300, 512, swizzled=True)
+    expected, got = torch.empty(300, 512), torch.empty(300, 512)
+    expand(packed, expected)
+
+    found = compiled_expand._ROWS["nvfp4"](packed)
+    assert not isinstance(found, str)
+    for first, last in ((0, 77), (77, 150), (150, 300)):
+        compiled_rows.nibbles(first, last, 512, *found.arguments, got.data_ptr(), 0, 0)
+
+    assert torch.equal(got, expected)
 
 
 def test_every_packing_in_the_table_is_tested() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.shared.quant.kernels.conftest import (
     pack_nvfp4,
     pack_svdq,
     skip_where_cpus_lack,
+    swizzled,
 )
 
 CPU = torch.device("cpu")
@@ -144,6 +146,19 @@ def test_the_product_is_right(name: str, packed: Any, limit: float, make: MakeLa
 
     assert error_of(with_bias, name, activations) < limit
     assert error_of(without, name, activations[0, :1]) < limit
+
+
+@pytest.mark.parametrize("packed", [pack_nvfp4, partial(pack_nvfp4, low_first=True), pack_mxfp8])
+@pytest.mark.usefixtures("on_cpu")
+def test_scales_lie_in_files_as_tensor_cores_read_them(packed: Any, make: MakeLayer) -> None:
+    x = torch.randn(20, COLUMNS, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    in_rows, lying = make(packed()), make(swizzled(packed()))
+    scales = lying.packed.tensors[lying.packing.scales]
+
+    error = error_of(lying, f"comfy-{lying.packing.name}", x)
+
+    assert error == error_of(in_rows, f"comfy-{lying.packing.name}", x) < 0.14
+    assert lying.packed.tensors[lying.packing.scales] is scales, "scales were copied"
 
 
 @pytest.mark.parametrize("parts", [1, 4])

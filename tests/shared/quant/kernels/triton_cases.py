@@ -12,16 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.ops import triton_ready
 from shared.ops.rounding import Kind, Rounded, round_rows
 from shared.quant import kernels
 from shared.quant.kernels import triton_expand
 from shared.quant.kernels.scratch import Scratch
 from shared.quant.kernels.triton_expand import FourBits
 from shared.quant.kernels.triton_matmul import scaled_matmul
-from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
-from tests.shared.quant.kernels.conftest import COLUMNS, ROWS, MakeLayer, pack_fp8, pack_int8, pack_nvfp4, pack_svdq
+from tests.shared.quant.kernels.conftest import (
+    COLUMNS,
+    ROWS,
+    MakeLayer,
+    pack_fp8,
+    pack_int8,
+    pack_nvfp4,
+    pack_svdq,
+    swizzled,
+)
+from tests.support import block_scaled
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 KINDS: tuple[Kind, ...] = ("int8", "fp8")
@@ -97,7 +105,7 @@ def test_a_row_too_wide_for_one_stretch_is_expanded_whole() -> None:
     groups = 67
     codes = torch.arange(3 * groups * 8, device=DEVICE).to(torch.uint8).view(3, -1)
     scales = matrix(3, groups, 0)
-    weight = FourBits(0, codes, scales, torch.ones(3, device=DEVICE), None)
+    weight = FourBits(0, codes, scales, torch.ones(3, device=DEVICE), None, 16)
 
     got = triton_expand.expand(weight, torch.empty(3, groups * 16, device=DEVICE))
 
@@ -169,15 +177,20 @@ def test_4_bit_layers_share_one_piece_of_memory(make: MakeLayer) -> None:
     assert scratch.nbytes == 2 * layers[0].in_features * layers[0].out_features
 
 
-def test_a_weight_that_another_kernel_has_laid_out_is_left_to_it(make: MakeLayer) -> None:
-    layer: PackedLinear = make(pack_nvfp4())
-    arranged = next(k for k in kernels.available("nvfp4") if k.name == "comfy-nvfp4")
-    layer.use(arranged, torch.device("cuda"))  # at once, as for every GPU
+@pytest.mark.parametrize("low_first", [False, True])
+def test_scales_that_lie_as_files_have_them_are_read_so(low_first: bool) -> None:
+    """144 rows are a band and a part of one, 10 blocks in a row two tiles and a half."""
+    in_rows = block_scaled.nvfp4(1, 144, 160, low_first=low_first)[0]
+    lying = on_device(swizzled(in_rows))
+    whole = torch.empty(lying.shape, device=DEVICE)
 
-    refusals = {k.name: k.refuse(layer, DEVICE) for k in kernels.available("nvfp4") if k.name.startswith("triton")}
+    triton_expand.expand(FourBits.of(lying), whole)
+    scale = triton_expand.expand_rounded(FourBits.of(lying), codes := torch.empty_like(whole, dtype=torch.int8))
 
-    assert set(refusals.values()) == {"its scales lie as another kernel reads them"}
-    assert triton_ready.why_not(DEVICE) is None
+    expected = in_rows.dequantize(torch.float32).to(DEVICE)
+    torch.testing.assert_close(whole, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scale, round_rows(expected, "int8").scale, rtol=1e-5, atol=0)
+    assert (codes * scale - expected).abs().max() <= scale.max() * 0.5001
 
 
 def few_rows(packed: Packed) -> Packed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,13 +14,18 @@ from tests.support.block_scaled import COLUMNS, ROWS, mxfp8, nvfp4
 Pack = Callable[..., tuple[Packed, torch.Tensor]]
 
 
-@pytest.fixture(params=[mxfp8, nvfp4], ids=lambda pack: pack.__name__)
-def packed(request: pytest.FixtureRequest) -> Pack:
+@pytest.fixture(params=[mxfp8, nvfp4, partial(nvfp4, low_first=True)], ids=["mxfp8", "nvfp4", "nvfp4 low first"])
+def pack(request: pytest.FixtureRequest) -> Pack:
     pack: Pack = request.param
     return pack
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 160), (0, 1), (37, 131), (128, 160)])
+@pytest.fixture(params=[False, True], ids=["in rows", "swizzled"])
+def packed(request: pytest.FixtureRequest, pack: Pack) -> Pack:
+    return partial(pack, swizzled=request.param)
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 160), (0, 1), (37, 131), (128, 160), (0, 128), (37, 128)])
 def test_rows_are_taken_anywhere(packed: Pack, start: int, stop: int) -> None:
     ours, theirs = packed(1)
 
@@ -37,6 +43,28 @@ def test_parts_are_joined_exactly_whatever_their_scales(packed: Pack) -> None:
 
     assert joined is not None and joined.shape == (ROWS + 48, COLUMNS)
     assert torch.equal(joined.dequantize(torch.float32), torch.cat([their_first, their_second]))
+
+
+@pytest.mark.parametrize("columns", [96, 90])
+def test_the_order_of_scales_makes_no_difference(pack: Pack, columns: int) -> None:
+    (in_rows, theirs), (swizzled, _) = (pack(1, 300, columns, swizzled=order) for order in (False, True))
+
+    assert set(swizzled.tensors) == set(in_rows.tensors)
+    for packed in (in_rows, swizzled):
+        assert torch.equal(packed.dequantize(torch.float32), theirs)
+
+
+def test_swizzled_scales_are_cut_where_bands_end_and_joined_again_untouched(pack: Pack) -> None:
+    whole, theirs = pack(1, 384, swizzled=True)
+    scales = whole.packing.scales  # type: ignore[attr-defined]
+
+    upper, lower = whole.take_rows(0, 128), whole.take_rows(128, 384)
+    joined = join_rows([lower, upper])
+
+    assert lower.tensors[scales].data_ptr() == whole.tensors[scales][128:].data_ptr(), "scales were copied"
+    assert joined is not None
+    assert torch.equal(joined.tensors[scales], whole.tensors[scales].roll(256, 0))
+    assert torch.equal(joined.dequantize(torch.float32), theirs.roll(256, 0))
 
 
 def test_differently_padded_parts_are_not_joined(packed: Pack) -> None:
