@@ -13,6 +13,7 @@ from models.z_image.gguf_names import with_split_qkv
 from models.z_image.keys import diffusers_names, find_prefix, is_dropped, relative_of, slot_of, split_parameter
 from shared.quant.assemble import MAPPED_FROM, Storage, fill
 from shared.quant.checkpoint import Checkpoint
+from shared.quant.collection import collection_put_off
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import layers_of
 from shared.quant.layer_plan import Part, Plan, check, shapes
@@ -61,6 +62,7 @@ def read_config(checkpoint: Checkpoint, plan: Plan) -> TransformerConfig:
         ) from error
 
 
+@collection_put_off()
 def load_transformer(
     paths: str | Path | Sequence[str | Path],
     dtype: torch.dtype,
