@@ -23,7 +23,7 @@ from models.z_image.z_image_main import model_factory
 from shared.app.offload import DirectPlacement, Offloader
 from shared.app.streamer import StreamOffload
 from shared.quant import kernels, mapping, pieces
-from shared.quant.formats import comfy_int8, fp8_plain, fp8_scaled
+from shared.quant.formats import comfy_int8, fp8_plain, fp8_scaled, mxfp8, nvfp4
 from shared.quant.kernels import torch_fp8, torch_int8
 from shared.quant.kernels.resolve import resolve
 from shared.quant.linear import PackedLinear
@@ -62,6 +62,8 @@ FORMATS: dict[str, tuple[Quantize, str]] = {  # what packs a matrix, and how it 
     "fp8 scaled in fp8": (fp8_scaled.quantize, "fp8"),
     "fp8 scaled alike in fp8": (fp8_of_equal_scales, "fp8"),
     "fp8 scaled by blocks": (lambda w: fp8_scaled.quantize(w, block=64), "bf16"),
+    "nvfp4": (nvfp4.quantize, "bf16"),
+    "mxfp8": (mxfp8.quantize, "bf16"),
 }
 
 
@@ -198,7 +200,7 @@ def largest(layer: PackedLinear) -> torch.Tensor:
     return max(layer.buffers(), key=lambda tensor: tensor.nbytes)
 
 
-STREAMED = [(name, offloader) for name in ("fp8 scaled in fp8",) for offloader in list(OFFLOADERS)[1:]]
+STREAMED = [(name, offloader) for name in ("fp8 scaled in fp8", "nvfp4") for offloader in list(OFFLOADERS)[1:]]
 
 
 @pytest.mark.parametrize(("name", "offloader"), [(name, "direct") for name in (*FORMATS, "gguf")] + STREAMED)

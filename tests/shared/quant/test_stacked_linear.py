@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.quant import kernels
+from shared.quant import kernels, mapping
+from shared.quant.formats import mxfp8, nvfp4
 from shared.quant.kernels.resolve import resolve
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed, join_rows
 from shared.quant.packings import fp8, int8
+from shared.quant.packings.block_scaled import BlockScaled
 from shared.quant.packings.gguf import GgufBlocks
 from shared.quant.packings.half import Half
 from shared.quant.pieces import Pieces, as_one, outline, stack_rows
 from shared.quant.stacked_linear import StackedLinear
+from tests.support.packed_model import layer_of
 
 CPU = torch.device("cpu")
 COLUMNS = 64
@@ -169,3 +173,26 @@ def test_what_a_kernel_wants_in_another_order_is_put_in_order_part_by_part() -> 
     assert heights == [3, 5] and isinstance(layer.packing, Turned)
     assert torch.equal(layer.dequantize(), expected)
     assert layer.scale_0 is scales[0] and layer.scale_1 is scales[1], "what it reads as it lies is not copied"
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_swizzled_scales_stay_where_they_are_for_tensor_cores(tmp_path: Path, name: str) -> None:
+    kind = {"nvfp4": nvfp4, "mxfp8": mxfp8}[name]
+    kernel = next(kernel for kernel in kernels.available(name) if kernel.name == f"comfy-{name}")
+    torch.manual_seed(0)
+    weights = [torch.randn(128, COLUMNS), 3 * torch.randn(256, COLUMNS)]
+    parts = [
+        kind.read(layer_of(tmp_path / f"{i}.safetensors", kind.quantize(weight))) for i, weight in enumerate(weights)
+    ]
+    joined = join_rows(parts)
+    assert joined is not None
+    one, apart = PackedLinear(joined, None, torch.bfloat16), StackedLinear(stacked(parts), None, torch.bfloat16)
+
+    for layer in (one, apart):
+        layer.use(kernel, torch.device("cuda"))
+
+    assert outline(apart.packed) == outline(one.packed)
+    assert all(torch.equal(apart.packed.tensors[name], tensor) for name, tensor in one.packed.tensors.items())
+    assert isinstance(apart.packing, BlockScaled)
+    mapped = {name for name, tensor in apart.named_buffers() if mapping.is_mapped(tensor)}
+    assert mapped == {f"{large}_{i}" for large in ("codes", apart.packing.scales) for i in (0, 1)}
