@@ -64,12 +64,12 @@ class PackedLinear(nn.Linear):
         return Packed(self.packing, (self.out_features, self.in_features), tensors)
 
     def forward(self, x: Tensor | Rounded) -> Tensor:
-        return kernels.run(self._ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+        return kernels.run(self.ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
 
     def unscaled(self, x: Tensor | Rounded) -> Tensor | Sums:
         """forward(), or the integers that it would scale where its kernel can hand on these; for a layer that nothing
         hangs on."""
-        return kernels.run_unscaled(self._ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
+        return kernels.run_unscaled(self.ready(x.codes.device if isinstance(x, Rounded) else x.device), self, x)
 
     def takes(self, device: torch.device) -> Kind | None:
         """In which 8 bits forward() takes activations that are rounded already; None: in none.
@@ -116,7 +116,7 @@ class PackedLinear(nn.Linear):
         chosen = ", ".join(f"{device}: {kernel.name}" for device, kernel in self._kernels.items())
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.packing}, {chosen or 'unused'}"
 
-    def _ready(self, device: torch.device) -> kernels.Kernel:
+    def ready(self, device: torch.device) -> kernels.Kernel:
         """What computes this layer on `device`, its weight in the order that it reads."""
         kernel = self.kernel(device)
         if self._awaits_layout and device.type == "cpu":
