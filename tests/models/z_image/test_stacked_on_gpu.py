@@ -20,7 +20,7 @@ from models.z_image import loader
 from models.z_image.loader import load_transformer
 from models.z_image.transformer import ZImageTransformer
 from models.z_image.z_image_main import model_factory
-from shared.app.offload import DirectPlacement, Offloader
+from shared.app.offload import PROFILES, DirectPlacement, Offloader
 from shared.app.streamer import StreamOffload
 from shared.quant import kernels, mapping, pieces
 from shared.quant.formats import comfy_int8, fp8_plain, fp8_scaled, mxfp8, nvfp4
@@ -250,3 +250,19 @@ def test_a_lora_reaches_them_as_it_does_joined_ones(
     joined, joined_without, apart, apart_without = pictures
     assert torch.equal(joined, apart) and torch.equal(joined_without, apart_without)
     assert not torch.equal(joined, joined_without)
+
+
+def test_an_offloader_that_lays_nothing_in_line_gets_the_same_bits(
+    tmp_path: Path, state: State, gpu: FakeCuda, counts: Counts
+) -> None:
+    pytest.importorskip("mmgp")
+    from shared.app.mmgp_engine import MmgpOffload
+
+    path = write(state, tmp_path / "m", fp8_scaled.quantize)
+    expected = drawn(load(path, "fp8", keep_apart=True), OFFLOADERS["direct"]())
+    counts.clear()
+
+    got = drawn(load(path, "fp8", keep_apart=True), MmgpOffload(PROFILES[4], total_memory=16 * MIB))
+
+    assert torch.equal(got, expected)
+    assert counts.apart
