@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Bytes of a file. The linears of a smaller one are better copied: each is one product then, of its own numbers.
 MAPPED_FROM = 2**30
 # Packings whose numbers are multiplied from where they lie in the file, by the beginnings of their names.
-_READ_AS_THEY_LIE = ("int8", "fp8", "gguf")
+_READ_AS_THEY_LIE = ("int8", "fp8", "nvfp4", "mxfp8", "gguf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,11 +33,12 @@ class Storage:
     """How weights are kept: plain numbers in `dtype`, on the CPU.
 
     compute: how packed layers are multiplied (kernels/__init__.py).
-    join: False leaves also those linears mapped whose rows stand apart in the file, plain, in 8 bits or GGUF's blocks:
-    each becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
+    join: False leaves also those linears mapped whose rows stand apart in the file, plain or of _READ_AS_THEY_LIE: each
+    becomes a JoinedLinear, which costs a copy of its outputs instead of one of its weight.
     stack: such rows are to be laid one behind the other on the way to a GPU, and until then stay mapped: plain ones as
     a JoinedLinear, packed ones that can be laid so as a StackedLinear.
     checks: takes the looking through of packed numbers, to be done later (number_checks.py); None: done at once.
+    cast_later: linears of plain numbers of another type than `dtype` stay mapped until they are first used.
     widen: with float32 as `dtype`, linears whose numbers have 16 bits in the file keep them, mapped, and widen them for
     each product.
     """
@@ -47,6 +48,7 @@ class Storage:
     join: bool = True
     stack: bool = False
     widen: bool = False
+    cast_later: bool = False
     checks: NumberChecks | None = None
 
 
@@ -80,6 +82,8 @@ def fill(
                 _set_parameter(model, f"{module}.weight", table.dequantize())
         elif is_linear and storage.widen and (halves := _halves(parts, "bias" in parameters, storage)):
             _replace(model, module, halves)
+        elif is_linear and storage.cast_later and (later := _other_type(parts, "bias" in parameters, storage)):
+            _replace(model, module, later)
         elif (
             is_linear
             and (storage.stack or not storage.join)
@@ -148,6 +152,22 @@ def _halves(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLi
         for rows, bias in zip(blocks, biases, strict=True)
     ]
     return linears[0] if len(linears) == 1 else JoinedLinear(linears)
+
+
+def _other_type(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLinear | None:
+    """A linear whose numbers are cast when it is first used; None where they are of the type that is computed in."""
+    from shared.quant.linear import PackedLinear
+    from shared.quant.packing import Packed
+    from shared.quant.packings.other_type import OtherType
+
+    loaded = [part.layer.load("weight")[0] for part in parts]
+    if all(weight.dtype == storage.dtype for weight in loaded):
+        return None
+    pieces = loaded if len(parts) == 1 and parts[0].in_order else _in_order(parts, loaded)
+    bias = _plain(parts, "bias", storage.dtype) if has_bias else None
+    shape = sum(len(piece) for piece in pieces), pieces[0].shape[1]
+    packed = Packed(OtherType(storage.dtype), shape, OtherType.of(pieces))
+    return PackedLinear(packed, bias, storage.dtype, compute=storage.compute)
 
 
 def _packed_linear(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLinear | JoinedLinear:

@@ -14,13 +14,14 @@ from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 
 import models.z_image
-from models.z_image import lora
+from models.z_image import loader, lora
 from models.z_image.loader import load_transformer
+from shared.quant import mapping
 from shared.quant.errors import CheckpointError
 from shared.quant.formats import mxfp8, nvfp4
 from shared.quant.linear import JoinedLinear, PackedLinear
 from shared.quant.recipe import Recipe
-from tests.support.packed_model import assert_same_network, linears_of, official_names
+from tests.support.packed_model import assert_same_network, forward, linears_of, official_names
 from tests.support.tiny_model import relative_error
 
 State = dict[str, torch.Tensor]
@@ -117,6 +118,23 @@ def test_split_q_k_and_v_of_one_packing_are_joined_into_one_layer(tmp_path: Path
     assert isinstance(qkv, PackedLinear)
     expected = torch.cat([plain[f"layers.1.attention.to_{c}.weight"] for c in "qkv"])
     assert torch.equal(qkv.dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_a_large_file_for_the_cpu_is_not_copied_and_gives_the_same_bits(
+    tmp_path: Path, state: State, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(state, tmp_path / "m.safetensors", lambda m: name if baseline(m) == "nvfp4" else "bf16")
+    joined = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_mapped=True, compute="int8")
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+
+    apart = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_mapped=True, compute="int8")
+
+    packed = [m for m in apart.modules() if isinstance(m, PackedLinear)]
+    assert len(packed) > len([m for m in joined.modules() if isinstance(m, PackedLinear)])
+    for tensors in (layer.packed.tensors for layer in packed):
+        assert {key for key, tensor in tensors.items() if not mapping.is_mapped(tensor)} <= {"tensor_scale"}
+    assert torch.equal(forward(apart), forward(joined))
 
 
 def test_the_headers_metadata_is_followed_when_layers_carry_no_marker(tmp_path: Path, state: State) -> None:
