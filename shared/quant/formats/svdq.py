@@ -1,4 +1,4 @@
-"""SVDQuant files of nunchaku: tensors laid out for the tensor cores of a GPU, put into natural order at load.
+"""SVDQuant files of nunchaku: tensors laid out for the tensor cores of a GPU, read as they lie.
 
     qweight             I8       (N, K/2)   4-bit codes, in tiles
     wscales             BF16     (K/64, N)  int4: a scale for 64 columns, in tiles
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from shared.quant.errors import UserError
 from shared.quant.formats import Layer
 from shared.quant.formats.scales import all_finite
-from shared.quant.svdq_tiling import DOWN, MICRO_SCALES, SCALES, UP, WORDS, unpack_scales
+from shared.quant.svdq_tiling import SCALES, unpack_scales
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +42,11 @@ SUFFIXES = frozenset(
 
 _REQUIRED = ("qweight", "wscales", "smooth_factor", "proj_down", "proj_up")
 _HALF = ("BF16", "F16")
+# What is looked through: the file's names, and what they are called in packings/svdq.py and to people.
+_NUMBERS = {
+    "wscales": "scales", "row_scale": "row_scale", "smooth_factor": "smooth", "proj_down": "down", "proj_up": "up",
+}  # fmt: skip
+_E4M3_MAGNITUDE = 0x7F  # all of these bits set: NaN
 _GROUP: dict[Kind, int] = {"int4": 64, "fp4": 16}
 _TILE = 128  # rows and columns of codes
 _RANK_TILE = 16
@@ -70,48 +75,58 @@ def read(layer: Layer) -> Packed:
     from shared.quant.packing import Packed
     from shared.quant.packings.svdq import Svdq
 
-    kind, (rows, columns), rank = _check_header(layer)
-    tensors = dict(zip(_REQUIRED, layer.load(*_REQUIRED), strict=True))
-    words = tensors["qweight"].contiguous().view(torch.int32)
-    codes = WORDS.to_natural(words, rows, columns // 8).view(torch.uint8)
-    scales = unpack_scales(tensors["wscales"], rows, columns // _GROUP[kind])
-    smooth = unpack_scales(tensors["smooth_factor"], columns, 1).flatten()
-    row_scale = torch.ones(rows, 1)
-    if "wcscales" in layer.tensors:
-        row_scale *= unpack_scales(layer.load("wcscales")[0], rows, 1).float()
-    if "wtscale" in layer.tensors:
-        row_scale *= layer.load("wtscale")[0].float().reshape(1, 1)
-    packed = {
-        "codes": codes,
-        "scales": scales,
-        "row_scale": row_scale,
-        "smooth": smooth,
-        "down": DOWN.to_natural(tensors["proj_down"], rank, columns),
-        "up": UP.to_natural(tensors["proj_up"], rows, rank),
-    }
+    kind, (rows, columns), _rank = _check_header(layer)
+    packed = dict(zip(_REQUIRED, layer.load(*_REQUIRED), strict=True))
+    packed["wscales"] = packed["wscales"].view(rows, -1)
+    if kind == "fp4" or "wcscales" in layer.tensors or "wtscale" in layer.tensors:
+        row_scale = torch.ones(rows, 1)
+        if "wcscales" in layer.tensors:
+            row_scale *= unpack_scales(layer.load("wcscales")[0], rows, 1).float()
+        if "wtscale" in layer.tensors:
+            row_scale *= layer.load("wtscale")[0].float().reshape(1, 1)
+        packed["row_scale"] = row_scale
     return Packed(Svdq(kind), (rows, columns), packed)
 
 
 def check(layer: Layer, packed: Packed) -> None:
     """Raises CheckpointError for NaN, infinity, and zeros that numbers are multiplied or divided by."""
+    wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
+    found = {ours: packed.tensors[name] for name, ours in _NUMBERS.items() if name in packed.tensors}
+    for ours, tensor in found.items():
+        if not _are_finite(tensor):
+            raise layer.fail(f"its {ours} holds NaN or infinity.", wrong)
+    for ours in ("smooth", "row_scale"):
+        if ours in found and not found[ours].all():
+            raise layer.fail(f"its {ours} holds zeros.", wrong)
+    if not _hold_zeros(found["scales"]):
+        return
+    from shared.quant.packings import svdq_tiles
+
+    # A group of zeros may have the scale 0: which codes are a group's shows when both are in order.
+    natural = svdq_tiles.in_order(packed.tensors)
+    unscaled = natural["scales"].float() == 0
+    # fp4 has two zeros, 0 and -0.
+    magnitude = 0x77 if _kind(layer) == "fp4" else 0xFF
+    used = (natural["codes"] & magnitude).unflatten(1, (unscaled.shape[1], -1)).any(dim=2)
+    lost = int((unscaled & used).sum())
+    if lost:
+        raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
+
+
+def _are_finite(numbers: Tensor) -> bool:
     import torch
 
-    tensors = packed.tensors
-    wrong = "The file was damaged or written wrongly; download it again, or from elsewhere."
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise layer.fail(f"its {name} holds NaN or infinity.", wrong)
-    for name in ("smooth", "row_scale"):
-        if not tensors[name].all():
-            raise layer.fail(f"its {name} holds zeros.", wrong)
-    unscaled = tensors["scales"].float() == 0
-    if unscaled.any():
-        # fp4 has two zeros, 0 and -0.
-        magnitude = 0x77 if tensors["scales"].dtype == torch.float8_e4m3fn else 0xFF
-        used = (tensors["codes"] & magnitude).unflatten(1, (unscaled.shape[1], -1)).any(dim=2)
-        lost = int((unscaled & used).sum())
-        if lost:
-            raise layer.fail(f"{lost} of {unscaled.numel()} groups hold numbers but the scale 0.", wrong)
+    if numbers.dtype == torch.float8_e4m3fn:  # no infinity, and NaN in two spellings
+        return not bool(((numbers.view(torch.uint8) & _E4M3_MAGNITUDE) == _E4M3_MAGNITUDE).any())
+    return all_finite(numbers)
+
+
+def _hold_zeros(scales: Tensor) -> bool:
+    import torch
+
+    if scales.dtype == torch.float8_e4m3fn:
+        return not bool((scales.view(torch.uint8) & _E4M3_MAGNITUDE).all())
+    return not bool(scales.all())
 
 
 def _kind(layer: Layer) -> Kind:
@@ -221,27 +236,14 @@ def quantize(
 
 def pack(packed: Packed) -> dict[str, Tensor]:
     """The file's tensors, by suffix: the inverse of read()."""
-    import torch
+    from shared.quant.packings import svdq_tiles
 
-    rows, columns = packed.shape
-    tensors = packed.tensors
-    words = tensors["codes"].contiguous().view(torch.int32)
-    scales = tensors["scales"]
-    if scales.dtype == torch.float8_e4m3fn:
-        tiled = MICRO_SCALES.to_file(scales.view(torch.uint8)).view(scales.dtype)
-    else:
-        tiled = SCALES.to_file(scales)
-    smooth = SCALES.to_file(tensors["smooth"][:, None])
-    down = tensors["down"]
-    result = {
-        "qweight": WORDS.to_file(words).view(torch.int8).view(rows, columns // 2),
-        "wscales": tiled.view(scales.shape[1], rows),
-        "smooth_factor": smooth,
-        "smooth_factor_orig": smooth.clone(),
-        "proj_down": DOWN.to_file(down).view(columns, len(down)),
-        "proj_up": UP.to_file(tensors["up"]).view(rows, len(down)),
-    }
-    row_scale = tensors["row_scale"].to(smooth.dtype)
+    rows = packed.shape[0]
+    tiles = svdq_tiles.for_the_engine(packed.tensors, has_row_scales=False)
+    smooth = tiles["smooth_factor"]
+    result = tiles | {"wscales": tiles["wscales"].view(-1, rows), "smooth_factor_orig": smooth.clone()}
+    result.pop("wcscales", None)
+    row_scale = svdq_tiles.row_scale(packed.tensors).to(smooth.dtype)
     if (row_scale == row_scale[0]).all():
         if row_scale[0] != 1:
             result["wtscale"] = row_scale[0, 0].clone()

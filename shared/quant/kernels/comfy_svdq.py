@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from shared.quant.kernels import Kernel, comfy, register
+from shared.quant.kernels import Kernel, comfy, register, svdq
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Svdq
 
@@ -29,8 +29,7 @@ _TRANSPOSED = ("scales", "down")
 
 def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
     packing = layer.packing
-    if not isinstance(packing, Svdq):
-        return "its codes lie in another kernel's tiles"
+    assert isinstance(packing, Svdq)
     if packing.kind != "int4":
         return "multiplies INT4, this weight is FP4"
     if layer.weight.dtype.itemsize != 2:
@@ -39,6 +38,7 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
 
 
 def _arrange(packed: Packed) -> Packed:
+    packed = svdq.in_order(packed)
     turned = {name: packed.tensors[name].t().contiguous().t() for name in _TRANSPOSED}
     return Packed(packed.packing, packed.shape, {**packed.tensors, **turned})
 

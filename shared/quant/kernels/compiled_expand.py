@@ -5,7 +5,8 @@
 
 Rounding a row of 4-bit numbers to 8 bits adds an error a tenth of theirs. Unpacking takes 0.15 to 1.2 ns a number
 (plain torch: 0.5 to 3.4), so that a 4-bit weight is multiplied about as fast as an int8 one, and stays packed: what is
-unpacked goes into memory that all layers share (scratch.py). SVDQuant's branch is added in bfloat16 as svdq.py does.
+unpacked goes into memory that all layers share (scratch.py). SVDQuant's branch is added in bfloat16 as svdq.py does,
+and put in order for it when the layer is first used; codes and scales stay in nunchaku's tiles, in the file.
 
 A packing is one line in _ROWS: which loop of compiled_rows.py unpacks it, and what that is called with.
 """
@@ -24,6 +25,8 @@ from shared.ops import compiled_ready
 from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant.gguf_file import BLOCKS
 from shared.quant.kernels import Kernel, register, torch_int8
+from shared.quant.packing import Packed
+from shared.quant.packings import svdq_tiles
 from shared.quant.packings.block_scaled import BlockScaled
 from shared.quant.packings.fp8 import Float8
 from shared.quant.packings.gguf import GgufBlocks
@@ -32,22 +35,26 @@ from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import BLOCK as NVFP4_BLOCK
 from shared.quant.packings.nvfp4 import Nvfp4
 from shared.quant.packings.svdq import Svdq
+from shared.quant.svdq_tiling import BAND
+from shared.quant.svdq_tiling import ROWS as TILE_ROWS
 from shared.quant.swizzle import TILE_COLUMNS, padded_shape
 
 if TYPE_CHECKING:
     from shared.quant.linear import PackedLinear
-    from shared.quant.packing import Packed
 
 
 class _Rows(NamedTuple):
     """How rows are unpacked: the name of a loop in compiled_rows.py, and its arguments between n and the output.
 
-    held: tensors whose addresses those are, until the loop is done.
+    held: tensors whose addresses those are, until the loop is done. height: how many rows; 0 for all of the matrix.
+    band: rows that the loop counts as one; those of more are in compiled_tiles.py.
     """
 
     loop: str
     arguments: tuple[Any, ...]
     held: tuple[Tensor, ...]
+    height: int = 0
+    band: int = 1
 
 
 # The tensors that are read where they lie; of the others, a few numbers for each row, a copy costs nothing.
@@ -87,26 +94,40 @@ def _nvfp4(packed: Packed) -> _Rows | str:
     return _Rows("nibbles", (codes.data_ptr(), -1, high_first, *lying, row.data_ptr()), (codes, blocks, row))
 
 
-def _svdq(packed: Packed) -> _Rows | str:
-    """The 4-bit part of the smoothed weight."""
+def _svdq(packed: Packed) -> _Rows | list[_Rows] | str:
+    """The 4-bit part of the smoothed weight; of tiles, each piece where it lies."""
     packing, tensors = packed.packing, packed.tensors
-    if not isinstance(packing, Svdq):
-        return "its codes lie in another kernel's tiles"
+    assert isinstance(packing, Svdq)
     from shared.quant.kernels import compiled_rows as rows
 
-    codes, scales, row = tensors["codes"], tensors["scales"], tensors["row_scale"].contiguous()
+    tiled = svdq_tiles.are_tiles(tensors)
+    names = (svdq_tiles.CODES, svdq_tiles.SCALES) if tiled else ("codes", "scales")
+    row = svdq_tiles.row_scale(tensors).contiguous()
     kinds = {torch.float8_e4m3fn: rows.E4M3, torch.float16: rows.HALF, torch.bfloat16: rows.BRAIN}
-    if scales.dtype not in kinds:
-        return f"its scales are {scales.dtype}"
     n, k = packed.shape
-    groups = scales.shape[1]
-    of_rows = row.dtype == torch.float32 and _is(row, 4, n, 1)
-    if k % groups or not (of_rows and _is(codes, 1, n, k // 2) and len(scales) == n):
-        return _ODD
-    group = k // groups
+    groups = tensors[names[1]].shape[1]
     kind = rows.INT4 if packing.kind == "int4" else -1
-    arguments = (codes.data_ptr(), kind, False, scales.data_ptr(), kinds[scales.dtype], group, 0, row.data_ptr())
-    return _Rows("nibbles", arguments, (codes, scales, row))
+    if k % groups or row.dtype != torch.float32 or not _is(row, 4, n, 1):
+        return _ODD
+    found, place = [], 0
+    for codes, scales in zip(*(svdq_tiles.pieces(tensors, name) for name in names), strict=True):
+        if not (codes.is_contiguous() and scales.is_contiguous()):
+            return _ODD
+        if scales.dtype not in kinds:
+            return f"its scales are {scales.dtype}"
+        height, group = len(codes), k // groups
+        if not (_is(codes, 1, height, k // 2) and _is(scales, scales.element_size(), height, groups)):
+            return _ODD
+        lying = (scales.data_ptr(), kinds[scales.dtype], group, row.data_ptr() + place * row.element_size())
+        if tiled:
+            if height % TILE_ROWS or group != (64 if packing.kind == "int4" else 16):
+                return _ODD
+            arguments: tuple[Any, ...] = (codes.data_ptr(), kind, *lying)
+        else:
+            arguments = (codes.data_ptr(), kind, False, *lying[:-1], 0, lying[-1])
+        found.append(_Rows("nibbles", arguments, (codes, scales, row), height, BAND if tiled else 1))
+        place += height
+    return found if place == n else _ODD
 
 
 def _fp8(packed: Packed) -> _Rows | str:
@@ -154,7 +175,7 @@ def _gguf(packed: Packed, loop: str, *more: Any) -> _Rows | str:
     return _Rows(loop, (blocks.data_ptr(), *more), (blocks,))
 
 
-_ROWS: Mapping[str, Callable[[Packed], _Rows | str]] = {
+_ROWS: Mapping[str, Callable[[Packed], _Rows | list[_Rows] | str]] = {
     "nvfp4": _nvfp4, "svdq": _svdq, "fp8": _fp8, "mxfp8": _mxfp8,
     "gguf_q8_0": partial(_gguf, loop="q8_0"),
     "gguf_q4_0": lambda packed: _gguf(packed, "q4", False), "gguf_q4_1": lambda packed: _gguf(packed, "q4", True),
@@ -172,17 +193,22 @@ def expand(packed: Packed, out: Tensor) -> Tensor | None:
     ValueError for a weight that _ROWS does not unpack.
     """
     from shared.ops import compiled
-    from shared.quant.kernels import compiled_rows
+    from shared.quant.kernels import compiled_rows, compiled_tiles
 
     found = _ROWS[packed.packing.name](packed)
     if isinstance(found, str):
         raise ValueError(found)
     rows, columns = packed.shape
     scales = torch.empty(rows, 1) if out.dtype == torch.int8 else None
-    compiled.over_rows(
-        getattr(compiled_rows, found.loop), rows, columns, *found.arguments,
-        out.data_ptr(), compiled.kind_of(out), 0 if scales is None else scales.data_ptr(),
-    )  # fmt: skip
+    place = 0
+    for piece in found if isinstance(found, list) else [found]:
+        height, kernels = piece.height or rows, compiled_rows if piece.band == 1 else compiled_tiles
+        compiled.over_rows(
+            getattr(kernels, piece.loop), height // piece.band, columns, *piece.arguments,
+            out[place:].data_ptr(), compiled.kind_of(out), 0 if scales is None else scales[place:].data_ptr(),
+            numbers=piece.band * columns,
+        )  # fmt: skip
+        place += height
     return scales
 
 
@@ -241,6 +267,14 @@ def _run_bf16(layer: PackedLinear, x: Tensor) -> Tensor:
     return svdq.with_branch(layer, x, weight)
 
 
+def _branch_in_order(packed: Packed) -> Packed:
+    return Packed(packed.packing, packed.shape, svdq_tiles.with_branch_in_order(packed.tensors))
+
+
+def _branch_lies_in_order(layer: PackedLinear) -> bool:
+    return not svdq_tiles.branch_is_tiled(layer.packed.tensors)
+
+
 def _takes(_layer: PackedLinear) -> Kind | None:
     return "int8"
 
@@ -263,6 +297,8 @@ for _packing in _ROWS:
             known=_never_known if _is_fine else torch_int8.known,
             takes=(lambda _layer: None) if _is_split else _takes,
             sums=None if _is_split else _sums,
+            arrange=_branch_in_order if _is_split else None,
+            laid_out=_branch_lies_in_order,
             expands=True,
         )
     )
@@ -274,6 +310,8 @@ for _packing in _ROWS:
             priority=20,
             refuse=_refuse_bf16,
             run=_run_bf16,
+            arrange=_branch_in_order if _is_split else None,
+            laid_out=_branch_lies_in_order,
             expands=True,
         )
     )

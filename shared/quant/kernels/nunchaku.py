@@ -1,8 +1,8 @@
 """SVDQuant by nunchaku's engine: activations rounded to 4 bits, the low-rank branch fused into both of its kernels.
 
-The engine reads tensors in the tiles that its files have (svdq_tiling.py), so the weight is put back into them when
-the kernel is chosen. The package of that name on the package index is a statistics library: the engine is known by its
-compiled module.
+The engine reads tensors in the tiles that its files have (svdq_tiling.py): a weight that came in one piece is left as
+it lies, others are joined or put back into tiles when the kernel is chosen. The package of that name on the package
+index is a statistics library: the engine is known by its compiled module.
 
     INT4  compute capability 7.5 to 8.9: cores for 4-bit integers     FP4  12.0: cores for 4-bit floats
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from shared.quant.kernels import Kernel, register
 from shared.quant.packing import Packed
+from shared.quant.packings import svdq_tiles
 from shared.quant.packings.svdq import Svdq
-from shared.quant.packings.svdq_tiles import SvdqTiles
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
     import torch
 
     packing = layer.packing
-    assert isinstance(packing, (Svdq, SvdqTiles))
+    assert isinstance(packing, Svdq)
     if device.type != "cuda" or torch.version.hip:
         return f"needs an NVIDIA GPU, the device is {device.type}"
     found = torch.cuda.get_device_capability(device)
@@ -55,7 +55,15 @@ def _refuse(layer: PackedLinear, device: torch.device) -> str | None:
 
 
 def _arrange(packed: Packed) -> Packed:
-    return packed if isinstance(packed.packing, SvdqTiles) else SvdqTiles.of(packed)
+    assert isinstance(packed.packing, Svdq)
+    if svdq_tiles.are_the_engine_s(packed.tensors):
+        return packed
+    tensors = svdq_tiles.for_the_engine(packed.tensors, has_row_scales=packed.packing.kind == "fp4")
+    return Packed(packed.packing, packed.shape, tensors)
+
+
+def _laid_out(layer: PackedLinear) -> bool:
+    return svdq_tiles.are_the_engine_s(layer.packed.tensors)
 
 
 def _run(layer: PackedLinear, x: Tensor) -> Tensor:
@@ -63,19 +71,20 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
     from nunchaku.ops.quantize import svdq_quantize_w4a4_act_fuse_lora_cuda  # type: ignore[import-not-found]
 
     packed = _arrange(layer.packed)
-    assert isinstance(packed.packing, SvdqTiles)
+    assert isinstance(packed.packing, Svdq)
     tensors, fp4 = packed.tensors, packed.packing.kind == "fp4"
     tokens = x.reshape(-1, layer.in_features).contiguous()
     rounded, scales_x, branch = svdq_quantize_w4a4_act_fuse_lora_cuda(
         tokens, lora_down=tensors["proj_down"].to(x.dtype), smooth=tensors["smooth_factor"].to(x.dtype), fp4=fp4
     )
     result = tokens.new_empty(len(tokens), layer.out_features)
+    scales = tensors["wscales"].view(-1, layer.out_features)
     svdq_gemm_w4a4_cuda(
         act=rounded,
         wgt=tensors["qweight"],
         out=result,
         ascales=scales_x,
-        wscales=tensors["wscales"].view(scales_x.dtype) if fp4 else tensors["wscales"].to(x.dtype),
+        wscales=scales.view(scales_x.dtype) if fp4 else scales.to(x.dtype),
         lora_act_in=branch,
         lora_up=tensors["proj_up"].to(x.dtype),
         fp4=fp4,
@@ -87,5 +96,8 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 
 
 register(
-    Kernel(name="nunchaku", packing="svdq", compute="native", priority=30, refuse=_refuse, run=_run, arrange=_arrange)
-)
+    Kernel(
+        name="nunchaku", packing="svdq", compute="native", priority=30, refuse=_refuse, run=_run, arrange=_arrange,
+        laid_out=_laid_out,
+    )
+)  # fmt: skip

@@ -9,6 +9,8 @@ the branch is added in whichever order takes fewer multiplications:
 Both are at most what `dequantize` spends, N K R, and in the activations' type, where that one has to use float32.
 For N = K = 3840 they are equal at T = 1920; for the feed-forward's 20480 x 3840 at T = 3233.
 
+All but nunchaku's kernel and the compiled ones read the weight in order: in_order() is what they are laid out by.
+
 FP4's scales are 8-bit floats, a type that Apple GPUs cannot even hold. There they are kept in bfloat16, which has all
 of their numbers; every other packing keeps such numbers as bytes from the beginning.
 """
@@ -22,12 +24,24 @@ import torch.nn.functional as F
 
 from shared.quant.kernels import Kernel, register
 from shared.quant.packing import Packed
+from shared.quant.packings import svdq_tiles
 from shared.quant.packings.svdq import Svdq
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from shared.quant.linear import PackedLinear
+
+
+def in_order(packed: Packed) -> Packed:
+    """The weight as packings/svdq.py draws it, whichever way it lies; itself where it lies so."""
+    if not svdq_tiles.are_tiles(packed.tensors):
+        return packed
+    return Packed(packed.packing, packed.shape, svdq_tiles.in_order(packed.tensors))
+
+
+def lies_in_order(layer: PackedLinear) -> bool:
+    return not svdq_tiles.are_tiles(layer.packed.tensors)
 
 
 def _run(layer: PackedLinear, x: Tensor) -> Tensor:
@@ -53,14 +67,14 @@ def branch_joins_weight(x: Tensor, shape: tuple[int, int]) -> bool:
     return x.numel() // columns * (rows + columns) > rows * columns
 
 
-def _refuse(layer: PackedLinear, _device: torch.device) -> str | None:
-    return None if isinstance(layer.packing, Svdq) else "its codes lie in another kernel's tiles"
+def _refuse(_layer: PackedLinear, _device: torch.device) -> str | None:
+    return None
 
 
 def _refuse_widening(layer: PackedLinear, device: torch.device) -> str | None:
     if device.type != "mps":
         return f"is for devices without 8-bit floats, the device is {device.type}"
-    return _refuse(layer, device) or (None if _has_float8(layer.packed) else "there is no 8-bit float in it")
+    return None if _has_float8(layer.packed) else "there is no 8-bit float in it"
 
 
 def _has_float8(packed: Packed) -> bool:
@@ -69,7 +83,8 @@ def _has_float8(packed: Packed) -> bool:
 
 def _widened(packed: Packed) -> Packed:
     """The same numbers with scales of 16 bits."""
-    tensors = {n: t.to(torch.bfloat16) if t.dtype == torch.float8_e4m3fn else t for n, t in packed.tensors.items()}
+    tensors = svdq_tiles.in_order(packed.tensors)
+    tensors = {n: t.to(torch.bfloat16) if t.dtype == torch.float8_e4m3fn else t for n, t in tensors.items()}
     return Packed(packed.packing, packed.shape, tensors)
 
 
@@ -79,4 +94,9 @@ register(
         arrange=_widened, expands=True,
     )
 )  # fmt: skip
-register(Kernel(name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run, expands=True))
+register(
+    Kernel(
+        name="svdq-split", packing="svdq", compute="bf16", priority=10, refuse=_refuse, run=_run,
+        arrange=in_order, laid_out=lies_in_order, expands=True,
+    )
+)  # fmt: skip

@@ -32,10 +32,11 @@ LARGEST_ERROR = {"bf16": 0.02, "int8": 0.05, "fp8": 0.06, "native": 0.3}
 
 def try_out(kernel: Kernel, layer: PackedLinear, device: torch.device) -> tuple[str | None, str]:
     """(why not, None if the kernel is right and, where that matters, no slower; what was found, in words)."""
-    there, mine = layer.twin(device), layer.twin(device, kernel)
+    there = layer.twin(device)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TOKENS, layer.in_features, generator=generator).to(device, layer.weight.dtype)
     reference = next(k for k in available(layer.packing.name) if _is_reference(k, there, device))
+    mine, there = there.twin(device, kernel), there.twin(device, reference)
     try:
         with torch.inference_mode():
             expected = reference.run(there, x).float()

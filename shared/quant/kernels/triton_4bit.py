@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared.ops import triton_ready
 from shared.quant.kernels import Kernel, register
-from shared.quant.kernels.svdq import branch_joins_weight
+from shared.quant.kernels.svdq import branch_joins_weight, in_order, lies_in_order
 from shared.quant.kernels.triton_8bit import why_not_four_bits, why_not_sides
 from shared.quant.packings.svdq import Svdq
 
@@ -51,6 +51,7 @@ def _run(layer: PackedLinear, x: Tensor) -> Tensor:
 for _packing in ("svdq", "nvfp4"):
     register(
         Kernel(
-            name="triton-expand", packing=_packing, compute="bf16", priority=20, refuse=_refuse, run=_run, tried=True
+            name="triton-expand", packing=_packing, compute="bf16", priority=20, refuse=_refuse, run=_run, tried=True,
+            arrange=in_order if _packing == "svdq" else None, laid_out=lies_in_order,
         )
-    )
+    )  # fmt: skip

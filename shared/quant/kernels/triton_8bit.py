@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from shared.ops import triton_ready
 from shared.ops.rounding import CODES, Kind, Rounded
 from shared.quant.kernels import Kernel, register
+from shared.quant.kernels.svdq import in_order, lies_in_order
 from shared.quant.packings.fp8 import Float8
 from shared.quant.packings.int8 import Int8, rotate_activations
 from shared.quant.packings.nvfp4 import Nvfp4
@@ -39,7 +40,7 @@ def why_not_four_bits(layer: PackedLinear) -> str | None:
     packing = layer.packing
     if isinstance(packing, Nvfp4):
         return "its last block is padded" if packing.columns is not None else None
-    return None if isinstance(packing, Svdq) else "its codes lie in another kernel's tiles"
+    return None
 
 
 def why_not_sides(layer: PackedLinear) -> str | None:
@@ -120,6 +121,8 @@ def _register(kind: Kind, packing: str, priority: int) -> None:
             refuse=partial(_refuse, kind=kind),
             run=partial(_run, kind=kind),
             takes=partial(_takes, kind=kind),
+            arrange=in_order if packing == "svdq" else None,
+            laid_out=lies_in_order,
         )
     )
 

@@ -21,6 +21,8 @@ As fp4 the same byte holds E2M1 codes 3 and 13: 1.5 and -3.
     smooth     (K,)      16-bit float
     down, up   (R, K), (N, R)  16-bit float
 
+They may also lie as a file has them, under other names (svdq_tiles.py): everything here works on both.
+
 Paper: Li et al. 2024, arXiv 2411.05007. Formula: formats.md 3.6, after nunchaku's gemm_w4a4.cuh.
 """
 
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from shared.quant import e2m1
+from shared.quant.packings import svdq_tiles
 
 Kind = Literal["int4", "fp4"]
 
@@ -56,24 +59,32 @@ class Svdq:
         return "svdq"
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        tensors = svdq_tiles.in_order(tensors)
         weight = self.residual(tensors, torch.float32).div_(tensors["smooth"].float())
         return weight.addmm_(tensors["up"].float(), tensors["down"].float()).to(dtype)
 
     def residual(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """The 4-bit part of the smoothed weight, Q * scales * row_scale: (N, K), new memory."""
+        """The 4-bit part of the smoothed weight, Q * scales * row_scale: (N, K), new memory. Of tensors in order."""
         scales = (tensors["scales"].float() * tensors["row_scale"]).to(dtype)
         weight = decode(tensors["codes"], self.kind, dtype)
         weight.view(*scales.shape, -1).mul_(scales[..., None])
         return weight
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+        """Views; but a copy in order where tiles would have to be cut."""
+        if svdq_tiles.are_as_in_a_file(tensors) and svdq_tiles.are_whole(start, stop):
+            return svdq_tiles.take_rows(tensors, start, stop)
+        tensors = svdq_tiles.in_order(tensors)
         return {name: tensors[name] for name in _SHARED} | {name: tensors[name][start:stop] for name in _BY_ROW}
 
     def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-        """None unless all parts have the same smoothing and the same `down`."""
-        first = parts[0]
-        if not all(_equal(p[name], first[name]) for p in parts[1:] for name in _SHARED):
+        """None unless all parts have the same smoothing and the same `down`. Tiles stay where they are."""
+        if all(svdq_tiles.are_as_in_a_file(tensors) for tensors in parts):
+            return svdq_tiles.join_rows(parts) if _share(parts, svdq_tiles.SHARED) else None
+        parts = [svdq_tiles.in_order(tensors) for tensors in parts]
+        if not _share(parts, _SHARED):
             return None
+        first = parts[0]
         return {name: first[name] for name in _SHARED} | {name: torch.cat([p[name] for p in parts]) for name in _BY_ROW}
 
 
@@ -89,6 +100,11 @@ def _pairs(kind: Kind, dtype: torch.dtype, device: torch.device) -> Tensor:
     values = _VALUES[kind]
     table = torch.tensor([(values[byte & 15], values[byte >> 4]) for byte in range(256)], dtype=dtype)
     return table.view({2: torch.int32, 4: torch.int64}[dtype.itemsize]).flatten().to(device)
+
+
+def _share(parts: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> bool:
+    first = parts[0]
+    return all(_equal(part[name], first[name]) for part in parts[1:] for name in names)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
 from shared.quant.formats import Layer, format_of, layers_of, read_checked, svdq
+from shared.quant.kernels.svdq import in_order
+from shared.quant.mapping import is_mapped
 from shared.quant.packing import Packed
 from shared.quant.packings.svdq import Kind, Svdq
 from shared.quant.svdq_tiling import unpack_scales
@@ -150,7 +152,7 @@ def test_numbers_lie_where_the_tile_order_says(
         else tensor.view(torch.uint8).roll(1).view(tensor.dtype)
         for name, tensor in svdq.pack(packed).items()
     }
-    read = svdq.read(saved(file, arbitrary))
+    read = in_order(svdq.read(saved(file, arbitrary)))
     assert (read.packing, read.shape) == (Svdq(kind), (rows, columns))
     check_places(read, arbitrary, positions)
 
@@ -166,9 +168,17 @@ def test_read_undoes_pack(file: Path, kind: Kind) -> None:
     read = svdq.read(saved(file, svdq.pack(packed)))
 
     assert read.packing == packed.packing
+    read = in_order(read)
     for name, tensor in packed.tensors.items():
         assert torch.equal(read.tensors[name].float(), tensor.float()), name
         assert read.tensors[name].dtype == tensor.dtype, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_reading_leaves_every_large_tensor_in_the_file(file: Path, kind: Kind) -> None:
+    read = svdq.read(saved(file, svdq.pack(random_packed(kind, 256, 384, 32))))
+
+    assert {name for name, tensor in read.tensors.items() if not is_mapped(tensor)} <= {"row_scale"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +186,7 @@ def test_rows_come_from_the_unpacked_scales_and_not_from_a_slice_of_the_file_s(f
     packed = random_packed(kind, 384, 256, 16)
     tensors = svdq.pack(packed)
 
-    part = svdq.read(saved(file, tensors)).take_rows(128, 256)
+    part = in_order(svdq.read(saved(file, tensors)).take_rows(128, 256))
 
     assert torch.equal(part.tensors["scales"].float(), packed.tensors["scales"][128:256].float())
     naive = unpack_scales(tensors["wscales"][:, 128:256].contiguous(), 128, packed.tensors["scales"].shape[1])
