@@ -121,6 +121,7 @@ def _storage(
         join=not stays_mapped,
         stack=keep_apart and is_large,
         widen=stays_mapped,
+        cast_later=is_large,
         checks=checks if is_large else None,
     )
 

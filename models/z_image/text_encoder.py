@@ -183,7 +183,13 @@ def load_text_encoder(
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
     is_large = checkpoint.nbytes >= MAPPED_FROM
     checks = NumberChecks()
-    storage = Storage(dtype=dtype, compute=compute, widen=keep_mapped and is_large, checks=checks if is_large else None)
+    storage = Storage(
+        dtype=dtype,
+        compute=compute,
+        widen=keep_mapped and is_large,
+        cast_later=is_large,
+        checks=checks if is_large else None,
+    )
     fill(model, used, storage, source=str(checkpoint.path))
     model.number_checks = checks  # beside the first prompt, see TextEncoder
     return model.eval()

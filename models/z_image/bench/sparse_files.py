@@ -6,6 +6,7 @@ there: markers, and scales of one, so that what they stand for are sound numbers
     kind                        names       linears of the blocks
     bf16, official names        official    plain
     bf16, diffusers names       diffusers   plain, q, k and v apart
+    fp16, fp32                  official    plain
     quanto int8                 diffusers   codes, a scale for each row
     int8                        official    the same as ComfyUI writes it
     FP8 scaled                  official    codes, one scale
@@ -33,7 +34,7 @@ from models.z_image.transformer import ZImageTransformer
 from shared.quant.formats import svdq
 
 Names = Literal["official", "diffusers", "nunchaku"]
-_ITEM = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
+_ITEM = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "I8": 1, "U8": 1}
 _ONE = {"BF16": b"\x80\x3f", "F32": b"\x00\x00\x80\x3f", "F8_E4M3": b"\x38"}
 _EXPONENT_OF_ONE = b"\x7f"
 _PIECE = 2**20  # bytes written at a time
@@ -61,6 +62,7 @@ class Kind(NamedTuple):
     packed: Callable[[int, int], Mapping[str, Stored]] | None = None
     gguf: str = ""
     rank: int = 0
+    plain: str = "BF16"
 
 
 def _ones(dtype: str, *shape: int) -> Stored:
@@ -135,6 +137,8 @@ def _nf4(rows: int, columns: int) -> dict[str, Stored]:
 
 PLAIN: Mapping[str, Kind] = {"official": Kind("official"), "diffusers": Kind("diffusers")}
 KINDS: Mapping[str, Kind] = {
+    "fp16": Kind("official", plain="F16"),
+    "fp32": Kind("official", plain="F32"),
     "quanto int8": Kind("diffusers", _quanto),
     "int8": Kind("official", _int8),
     "FP8 scaled": Kind("official", _fp8),
@@ -160,10 +164,10 @@ def write(path: Path, config: TransformerConfig, kind: Kind) -> int:
     tensors: dict[str, Stored] = {}
     for module, shape in matrices.items():
         if kind.packed is None:
-            tensors[f"{module}.weight"] = Stored("BF16", shape)
+            tensors[f"{module}.weight"] = Stored(kind.plain, shape)
         else:
             tensors |= {f"{module}.{suffix}": stored for suffix, stored in kind.packed(*shape).items()}
-    tensors |= {name: Stored("BF16", shape) for name, shape in plain.items()}
+    tensors |= {name: Stored(kind.plain, shape) for name, shape in plain.items()}
     metadata: dict[str, str] = {}
     if kind.rank:
         svdq_kind: Any = "int4" if kind.packed is _svdq_int4 else "fp4"

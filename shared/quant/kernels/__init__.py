@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _MODULES = (
     "nunchaku", "comfy_svdq", "comfy_nvfp4", "comfy_mxfp8", "comfy_int8", "triton_8bit", "torch_int8", "torch_fp8",
-    "triton_4bit", "compiled_expand", "widened", "scale_after", "svdq", "dequantize",
+    "triton_4bit", "compiled_expand", "widened", "cast", "scale_after", "svdq", "dequantize",
 )  # fmt: skip
 ANY = "*"
 Answer = TypeVar("Answer")

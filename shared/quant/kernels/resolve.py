@@ -44,6 +44,8 @@ def resolve(
     from shared.quant.kernels.scratch import Scratch
     from shared.quant.kernels.trial import try_out
     from shared.quant.linear import PackedLinear
+    from shared.quant.packings.half import Half
+    from shared.quant.packings.other_type import OtherType
 
     scratch = Scratch()
     found: dict[object, Selection] = {}
@@ -57,8 +59,9 @@ def resolve(
         group = (key[0], found[key])
         groups[group] = groups.get(group, 0) + 1
     result = _grouped(groups)
-    if result and compute not in ("auto", REFERENCE) and all(r.compute != compute for r in result):
-        reasons = dict.fromkeys(f"{r.packing}: {_refusals(r, compute)}" for r in result)
+    packed = [r for r in result if r.packing not in (Half.name, OtherType.name)]  # plain numbers are as they are
+    if packed and compute not in ("auto", REFERENCE) and all(r.compute != compute for r in packed):
+        reasons = dict.fromkeys(f"{r.packing}: {_refusals(r, compute)}" for r in packed)
         raise UserError(
             f"Nothing computes this model's packed weights in {compute} on {device.type}: {'; '.join(reasons)}.",
             "Use --compute auto.",

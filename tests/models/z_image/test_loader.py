@@ -163,15 +163,43 @@ def test_a_large_16_bit_file_stays_as_it_is_where_float32_is_computed_in(
     torch.testing.assert_close(drawn[1], drawn[0], rtol=0, atol=1e-5)
 
 
-def test_rows_of_another_number_type_are_copied_into_one_linear(
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dialect", ["diffusers", "official", "nunchaku's plain layers"])
+def test_numbers_of_another_type_lie_in_a_large_file_until_they_are_used(
+    tmp_path: Path, state: State, dialect: str, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({n: t.to(stored) for n, t in DIALECTS[dialect](state).items()}, tmp_path / "m.safetensors")
+    latents, captions = torch.randn(1, 16, 8, 8), [torch.randn(5, TINY.cap_feat_dim, dtype=torch.bfloat16)]
+    copied = load_transformer(tmp_path / "m.safetensors", torch.bfloat16)
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+
+    kept = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_mapped=True)
+
+    assert [(r.packing, r.kernel) for r in resolve([kept], torch.device("cpu"))] == [("other-type", "cast")]
+    linears = [m for m in kept.modules() if isinstance(m, PackedLinear)]
+    assert all(mapping.is_mapped(t) and t.dtype == stored for m in linears for t in m.packed.tensors.values())
+    assert not any(isinstance(m, JoinedLinear) for m in kept.modules())
+    with torch.no_grad():
+        drawn = [m(latents, torch.tensor([0.3]), captions) for m in (copied, kept)]
+    assert torch.equal(drawn[0], drawn[1])
+    used = kept.layers[0].feed_forward.w13.packed.tensors
+    assert [(tensor.dtype, mapping.is_mapped(tensor)) for tensor in used.values()] == [(torch.bfloat16, False)]
+
+
+def test_numbers_of_another_type_are_cast_before_a_gpu_gets_them(
     tmp_path: Path, state: State, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_file(state, tmp_path / "m.safetensors")
+    copied = load_transformer(tmp_path / "m.safetensors", torch.bfloat16)
     monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+    kept = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_apart=True)
 
-    model = load_transformer(tmp_path / "m.safetensors", torch.bfloat16, keep_mapped=True)
+    resolve([kept], torch.device("cuda"), "int8")  # which is asked of packed numbers, and these are not
 
-    assert not any(isinstance(m, JoinedLinear) for m in model.modules())
+    for name, module in kept.named_modules():
+        if isinstance(module, PackedLinear):
+            (numbers,) = module.packed.tensors.values()
+            assert torch.equal(numbers, copied.get_submodule(name).weight)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["text", "base64, as mmgp"])
