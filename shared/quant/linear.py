@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from shared.ops.rounding import Kind, Rounded, Sums
 from shared.quant import kernels
 from shared.quant.kernels.scratch import Scratch
+from shared.quant.mapping import forget
 from shared.quant.packing import Packed
 from shared.quant.pieces import as_one
 
@@ -127,8 +128,12 @@ class PackedLinear(nn.Linear):
 
     def _lay_out_for(self, kernel: kernels.Kernel) -> None:
         assert kernel.arrange is not None
+        before = self.packed
         with torch.inference_mode(False):  # tensors that a later pass with gradients may read, too
-            self._keep(kernel.arrange(self.packed))
+            self._keep(kernel.arrange(before))
+        # Somebody else may still hold what lies in a file, to look through it: at least it takes no memory.
+        kept = {buffer.untyped_storage().data_ptr() for buffer in self.buffers()}
+        forget(t for t in before.tensors.values() if t.untyped_storage().data_ptr() not in kept)
 
     def _keep(self, packed: Packed) -> None:
         """Hold these tensors instead of those held so far."""

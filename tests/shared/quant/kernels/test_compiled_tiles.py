@@ -121,3 +121,29 @@ def test_codes_of_another_size_than_the_packing_says_are_not_read() -> None:
 
     with pytest.raises(ValueError, match="not of the sizes"):
         expand(short, torch.empty(packed.shape))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="Linux tells what is in memory")
+def test_what_was_put_in_order_leaves_memory_though_somebody_holds_the_file_s_tensors(tmp_path: Path) -> None:
+    packed = layer_of_a_file(tmp_path / "svdq.safetensors", random_packed("int4", 2048, 1024, 256))
+    layer = PackedLinear(packed, None, torch.bfloat16, compute="int8")
+
+    layer(torch.randn(1, 1024).bfloat16())
+
+    assert pages_in_memory(packed.tensors["proj_up"]) == 0 < pages_in_memory(packed.tensors["qweight"])
+    assert torch.equal(tiling.up_in_order([packed.tensors["proj_up"]]), layer.packed.tensors["up"]), (
+        "it can be read again"
+    )
+
+
+def pages_in_memory(tensor: torch.Tensor) -> int:
+    """KiB of the pages around a mapped tensor that are this process's now."""
+    address, found = tensor.data_ptr(), None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            first, last = (int(end, 16) for end in words[0].split("-"))
+            found = first <= address < last
+        elif found and words[0] == "Rss:":
+            return int(words[1])
+    raise AssertionError("it is not mapped")
