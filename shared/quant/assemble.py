@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Bytes of a file. The linears of a smaller one are better copied: each is one product then, of its own numbers.
 MAPPED_FROM = 2**30
 # Packings whose numbers are multiplied from where they lie in the file, by the beginnings of their names.
-_READ_AS_THEY_LIE = ("int8", "fp8", "nvfp4", "mxfp8", "gguf")
+_READ_AS_THEY_LIE = ("int8", "fp8", "nvfp4", "mxfp8", "gguf", "nf4", "fp4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,10 +8,11 @@
     module.weight.quant_state.bitsandbytes__nf4   U8                    JSON: quant_type, blocksize, dtype, shape, and
                                                                         where nested nested_blocksize, nested_offset
 
-A nested magnitude is nested_quant_map[code] * nested_absmax[block // 256] + nested_offset. It is worked out once, at
-load: blocks of blocks do not end where rows end, and float magnitudes cost half a bit a weight. Blocks need not end
-there either: of 96 columns in blocks of 64, gcd(96, 64) = 32 numbers always share one magnitude, so that is the block
-kept here. Source: bitsandbytes 0.50.2, functional.py, QuantState.
+A nested magnitude is nested_quant_map[code] * nested_absmax[block // 256] + nested_offset (packings/bitsandbytes.py).
+Blocks need not end where rows do: of 96 columns in blocks of 64, gcd(96, 64) = 32 numbers always share one magnitude,
+so that is the block kept here, and magnitudes are worked out and repeated at load. Where blocks end with rows, as in
+every layer of this model, all stays as it lies in the file.
+Source: bitsandbytes 0.50.2, functional.py, QuantState.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer
+from shared.quant.formats.scales import all_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +39,15 @@ SUFFIXES = frozenset(("weight.absmax", "weight.quant_map", "weight.nested_absmax
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those the library has
 MAX_STATE_BYTES = 65_536
 _FLOATS = ("F32", "F16", "BF16")
+# What the file calls the packing's tensors.
+_SPELLED = {
+    "codes": "weight",
+    "absmax": "weight.absmax",
+    "table": "weight.quant_map",
+    "nested_table": "weight.nested_quant_map",
+    "nested_absmax": "weight.nested_absmax",
+    "nested_offset": "nested_offset",
+}
 _ELSEWHERE = "The file was written wrongly; get it from elsewhere."
 
 
@@ -76,15 +87,40 @@ def read(layer: Layer) -> Packed:
 
     state = _state(layer)
     rows, columns = state.shape
+    tensors = _loaded(layer, state)
     # Files for sharded training keep the bytes under a float type; they are bytes all the same.
-    codes = layer.load("weight")[0].contiguous().view(torch.uint8).view(rows, columns // 2)
-    table = _floats(layer, "weight.quant_map", 16)
-    absmax = _magnitudes(layer, state)
-    if not absmax.any() and bool((codes != codes[0, 0]).any()):
-        raise layer.fail("every magnitude is zero, but its codes differ.", _ELSEWHERE)
+    tensors["codes"] = tensors["codes"].contiguous().view(torch.uint8).view(rows, columns // 2)
+    packing = TableBlocks(state.kind, state.nested_block)
     shared = math.gcd(columns, state.block)
-    absmax = absmax.repeat_interleave(state.block // shared)[: rows * columns // shared].view(rows, -1)
-    return Packed(TableBlocks(state.kind), state.shape, {"codes": codes, "absmax": absmax, "table": table})
+    if shared == state.block:
+        tensors["absmax"] = tensors["absmax"].view(rows, -1)
+    else:
+        _check_finite(layer, tensors)
+        tensors = packing.unnested({**tensors, "absmax": tensors["absmax"].view(1, -1)})
+        absmax = tensors["absmax"].flatten().repeat_interleave(state.block // shared)
+        tensors["absmax"] = absmax[: rows * columns // shared].view(rows, -1)
+    return Packed(packing, state.shape, tensors)
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for magnitudes and tables that make no numbers, or none that differ."""
+    from shared.quant.packings.bitsandbytes import TableBlocks
+
+    _check_finite(layer, packed.tensors)
+    packing = packed.packing
+    assert isinstance(packing, TableBlocks)
+    codes, absmax = packed.tensors["codes"], packed.tensors["absmax"]
+    for some in (absmax[:1], absmax):  # as a rule the first row tells
+        if packing.magnitudes({**packed.tensors, "absmax": some}).any():
+            return
+    if bool((codes != codes[0, 0]).any()):
+        raise layer.fail("every magnitude is zero, but its codes differ.", _ELSEWHERE)
+
+
+def _check_finite(layer: Layer, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not all_finite(tensor):
+            raise layer.fail(f"{_SPELLED[name]} holds NaN or infinity.", _ELSEWHERE)
 
 
 def _state(layer: Layer) -> State:
@@ -139,24 +175,24 @@ def _nested(layer: Layer, suffix: str, entries: Mapping[str, Any]) -> tuple[int,
     return block, offset
 
 
-def _magnitudes(layer: Layer, state: State) -> Tensor:
-    """Every block's largest magnitude, (blocks,) float32."""
+def _loaded(layer: Layer, state: State) -> dict[str, Tensor]:
+    """What the file has of the packing's tensors, floats as float32, and the offset of nested magnitudes."""
+    import torch
+
+    floats = {"table": 16}
+    if state.nested_block:
+        floats |= {"nested_table": 256, "nested_absmax": -(-state.blocks // state.nested_block)}
+    for name, count in floats.items():
+        suffix = _SPELLED[name]
+        info = layer.tensors.get(suffix)
+        if info is None:
+            raise layer.fail(f"its weight is packed but has no {suffix}.", "The file is truncated; download it again.")
+        if info.dtype not in _FLOATS or info.numel != count:
+            raise layer.fail(f"{suffix} is {info.dtype} {list(info.shape)}, expected {count:,} floats.")
+    names = ("codes", "absmax", *floats)
+    loaded = dict(zip(names, layer.load(*(_SPELLED[name] for name in names)), strict=True))
+    tensors = {name: loaded[name].flatten().float() for name in floats} | {"codes": loaded["codes"]}
     if not state.nested_block:
-        return _floats(layer, "weight.absmax", state.blocks)
-    codes = layer.load("weight.absmax")[0].flatten().int()
-    table = _floats(layer, "weight.nested_quant_map", 256)
-    scale = _floats(layer, "weight.nested_absmax", -(-state.blocks // state.nested_block))
-    return table[codes] * scale.repeat_interleave(state.nested_block)[: state.blocks] + state.offset
-
-
-def _floats(layer: Layer, suffix: str, count: int) -> Tensor:
-    """A tensor of `count` finite floats, as float32."""
-    info = layer.tensors.get(suffix)
-    if info is None:
-        raise layer.fail(f"its weight is packed but has no {suffix}.", "The file is truncated; download it again.")
-    if info.dtype not in _FLOATS or info.numel != count:
-        raise layer.fail(f"{suffix} is {info.dtype} {list(info.shape)}, expected {count:,} floats.")
-    values = layer.load(suffix)[0].flatten().float()
-    if not values.isfinite().all():
-        raise layer.fail(f"{suffix} holds NaN or infinity.", _ELSEWHERE)
-    return values
+        return tensors | {"absmax": loaded["absmax"].flatten().float()}
+    offset = torch.full_like(tensors["nested_absmax"], state.offset)
+    return tensors | {"absmax": loaded["absmax"].flatten(), "nested_offset": offset}

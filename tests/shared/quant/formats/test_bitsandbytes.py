@@ -13,7 +13,8 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from bitsandbytes.functional import dequantize_4bit, dequantize_blockwise, quantize_4bit
 
 from shared.quant.errors import CheckpointError
-from shared.quant.formats import bitsandbytes, format_of
+from shared.quant.formats import bitsandbytes, format_of, read_checked
+from shared.quant.mapping import is_mapped
 from tests.support.packed_model import State, layer_of
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -55,6 +56,16 @@ def test_every_bit_agrees_with_bitsandbytes(tmp_path: Path, kind: str, nested: b
     assert bitsandbytes.describe(layer) == {"format": f"bitsandbytes {kind}", "group": 64, "nested": nested}
     assert torch.equal(packed.dequantize(torch.float32), theirs)
     assert torch.equal(packed.take_rows(2, 5).dequantize(torch.float32), theirs[2:5]), "rows need not end with blocks"
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_a_layer_whose_blocks_end_with_rows_is_read_without_a_copy(tmp_path: Path, nested: bool) -> None:
+    tensors, _ = saved((300, 64), nested=nested)
+
+    packed = bitsandbytes.read(layer_of(tmp_path / "m.safetensors", tensors))
+
+    copied = {name for name, tensor in packed.tensors.items() if not is_mapped(tensor)}
+    assert copied <= {"table", "nested_table", "nested_absmax", "nested_offset"}, "numbers were copied"
 
 
 def test_bytes_kept_under_a_float_type_are_the_same_bytes(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_layers_that_cannot_be_right_are_named(tmp_path: Path, change: Callable[
     assert format_of(layer) is bitsandbytes
 
     with pytest.raises(CheckpointError, match=rf"m\.safetensors: blocks\.0: .*{re.escape(says)}"):
-        bitsandbytes.read(layer)
+        read_checked(bitsandbytes, layer)
 
 
 def test_magnitudes_that_were_lost_are_named_and_a_weight_of_zeros_is_not(tmp_path: Path) -> None:
@@ -112,8 +123,8 @@ def test_magnitudes_that_were_lost_are_named_and_a_weight_of_zeros_is_not(tmp_pa
     zeros = {"weight": codes, **{f"weight.{n}": t for n, t in state.as_dict(packed=True).items()}}
 
     with pytest.raises(CheckpointError, match="every magnitude is zero, but its codes differ"):
-        bitsandbytes.read(layer_of(tmp_path / "a.safetensors", tensors | {"weight.absmax": torch.zeros(48)}))
-    assert not bitsandbytes.read(layer_of(tmp_path / "b.safetensors", zeros)).dequantize(torch.float32).any()
+        read_checked(bitsandbytes, layer_of(tmp_path / "a.safetensors", tensors | {"weight.absmax": torch.zeros(48)}))
+    assert not read_checked(bitsandbytes, layer_of(tmp_path / "b.safetensors", zeros)).dequantize(torch.float32).any()
 
 
 def without(tensors: State, name: str) -> State:
