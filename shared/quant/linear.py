@@ -127,13 +127,16 @@ class PackedLinear(nn.Linear):
         return kernel
 
     def _lay_out_for(self, kernel: kernels.Kernel) -> None:
-        assert kernel.arrange is not None
-        before = self.packed
+        before = tuple(self.buffers())
         with torch.inference_mode(False):  # tensors that a later pass with gradients may read, too
-            self._keep(kernel.arrange(before))
+            self._keep(self._arranged(kernel))
         # Somebody else may still hold what lies in a file, to look through it: at least it takes no memory.
         kept = {buffer.untyped_storage().data_ptr() for buffer in self.buffers()}
-        forget(t for t in before.tensors.values() if t.untyped_storage().data_ptr() not in kept)
+        forget(t for t in before if t.untyped_storage().data_ptr() not in kept)
+
+    def _arranged(self, kernel: kernels.Kernel) -> Packed:
+        assert kernel.arrange is not None
+        return kernel.arrange(self.packed)
 
     def _keep(self, packed: Packed) -> None:
         """Hold these tensors instead of those held so far."""

@@ -55,9 +55,9 @@ class StackedLinear(PackedLinear):
         }
         super()._keep(Packed(packed.packing, packed.shape, by_buffer))
 
-    def _lay_out_for(self, kernel: Kernel) -> None:
+    def _arranged(self, kernel: Kernel) -> Packed:
         """Part by part, so that what the kernel reads as it lies stays where it is."""
         assert kernel.arrange is not None
         parts = self._pieces.parts(self.packing, self.in_features)
         stacked = stack_rows([kernel.arrange(part) for part in parts])
-        self._keep(kernel.arrange(self.packed) if stacked is None else stacked)
+        return kernel.arrange(self.packed) if stacked is None else stacked

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from diffusers import ZImageTransformer2DModel
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from shared.quant.formats import comfy_int8, fp8_plain, fp8_scaled, mxfp8, nvfp4
 from shared.quant.kernels import torch_fp8, torch_int8
 from shared.quant.kernels.resolve import resolve
 from shared.quant.linear import PackedLinear
+from shared.quant.packings.other_type import OtherType
 from shared.quant.stacked_linear import StackedLinear
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.fake_lane import FakeLane
@@ -37,6 +39,7 @@ from tests.support.tiny_model import TINY
 
 GPU = torch.device("cuda")
 MIB = 2**20
+SMALL = {"scale", "tensor_scale", "nested_offset"}  # a number for a row or more
 REQUEST: dict[str, Any] = {
     "input_prompt": "a red circle", "seed": 7, "width": 32, "height": 32, "sampling_steps": 1, "shift": 3.0,
 }  # fmt: skip
@@ -55,6 +58,12 @@ def fp8_of_equal_scales(weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
     return tensors
 
 
+def nf4(weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """By bitsandbytes, magnitudes nested."""
+    codes, quant_state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return {"weight": codes} | {f"weight.{suffix}": t for suffix, t in quant_state.as_dict(packed=True).items()}
+
+
 FORMATS: dict[str, tuple[Quantize, str]] = {  # what packs a matrix, and how it is computed
     "int8": (comfy_int8.quantize, "bf16"),
     "int8 ConvRot in int8": (lambda w: comfy_int8.quantize(w, rotation=None), "int8"),
@@ -64,6 +73,7 @@ FORMATS: dict[str, tuple[Quantize, str]] = {  # what packs a matrix, and how it 
     "fp8 scaled by blocks": (lambda w: fp8_scaled.quantize(w, block=64), "bf16"),
     "nvfp4": (nvfp4.quantize, "bf16"),
     "mxfp8": (mxfp8.quantize, "bf16"),
+    "nf4": (nf4, "bf16"),
 }
 
 
@@ -192,7 +202,7 @@ def stacked(model: torch.nn.Module) -> list[StackedLinear]:
 def buffers_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of packed layers under the packings' names for them."""
     for layer in model.modules():
-        if isinstance(layer, PackedLinear):
+        if isinstance(layer, PackedLinear) and not isinstance(layer.packing, OtherType):
             yield from ((re.sub(r"_\d+$", "", name), tensor) for name, tensor in layer.named_buffers())
 
 
@@ -210,9 +220,10 @@ def test_packed_rows_laid_side_by_side_are_one_product_and_the_joined_rows_to_th
     quantize, compute = FORMATS.get(name, (None, "bf16"))
     path = write_gguf(state, tmp_path / "m.gguf") if quantize is None else write(state, tmp_path / "m", quantize)
     joined, model = (load(path, compute, keep_apart=keep_apart) for keep_apart in (False, True))
-    copied = [m for m in joined.modules() if isinstance(m, PackedLinear) and not mapping.is_mapped(largest(m))]
+    packed = [m for m in joined.modules() if isinstance(m, PackedLinear) and not isinstance(m.packing, OtherType)]
+    copied = [m for m in packed if not mapping.is_mapped(largest(m))]
     assert not stacked(joined) and len(stacked(model)) == len(copied) > 0
-    assert {name for name, tensor in buffers_of(model) if not mapping.is_mapped(tensor)} <= {"scale", "tensor_scale"}
+    assert {name for name, tensor in buffers_of(model) if not mapping.is_mapped(tensor)} <= SMALL
 
     counts.clear()
     expected = drawn(joined, OFFLOADERS[offloader]())
