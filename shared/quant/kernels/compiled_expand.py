@@ -14,6 +14,7 @@ A packing is one line in _ROWS: which loop of compiled_rows.py unpacks it, and w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from shared.quant.gguf_file import BLOCKS
 from shared.quant.kernels import Kernel, register, torch_int8
 from shared.quant.packing import Packed
 from shared.quant.packings import svdq_tiles
+from shared.quant.packings.bitsandbytes import TableBlocks
 from shared.quant.packings.block_scaled import BlockScaled
 from shared.quant.packings.fp8 import Float8
 from shared.quant.packings.gguf import GgufBlocks
@@ -163,6 +165,17 @@ def _mxfp8(packed: Packed) -> _Rows | str:
     return _Rows("floats8", arguments, (codes, exponents))
 
 
+def _table(packed: Packed) -> _Rows | str:
+    """Nested magnitudes are worked out by expand(); of them, only the sizes are looked at here."""
+    codes, absmax, table = (packed.tensors[name] for name in ("codes", "absmax", "table"))
+    n, k = packed.shape
+    groups = absmax.shape[1]
+    if k % groups or k % 2 or not (_is(codes, 1, n, k // 2) and len(absmax) == n and _is(table, 4, 16)):
+        return _ODD
+    absmax = absmax.contiguous()
+    return _Rows("tables", (codes.data_ptr(), table.data_ptr(), absmax.data_ptr(), groups), (codes, table, absmax))
+
+
 def _gguf(packed: Packed, loop: str, *more: Any) -> _Rows | str:
     assert isinstance(packed.packing, GgufBlocks)
     numbers, size = BLOCKS[packed.packing.type]
@@ -177,6 +190,7 @@ def _gguf(packed: Packed, loop: str, *more: Any) -> _Rows | str:
 
 _ROWS: Mapping[str, Callable[[Packed], _Rows | list[_Rows] | str]] = {
     "nvfp4": _nvfp4, "svdq": _svdq, "fp8": _fp8, "mxfp8": _mxfp8,
+    "nf4": _table, "fp4": _table,
     "gguf_q8_0": partial(_gguf, loop="q8_0"),
     "gguf_q4_0": lambda packed: _gguf(packed, "q4", False), "gguf_q4_1": lambda packed: _gguf(packed, "q4", True),
     "gguf_q5_0": lambda packed: _gguf(packed, "q5", False), "gguf_q5_1": lambda packed: _gguf(packed, "q5", True),
@@ -195,6 +209,8 @@ def expand(packed: Packed, out: Tensor) -> Tensor | None:
     from shared.ops import compiled
     from shared.quant.kernels import compiled_rows, compiled_tiles
 
+    if isinstance(packed.packing, TableBlocks):
+        packed = replace(packed, tensors=packed.packing.unnested(packed.tensors))
     found = _ROWS[packed.packing.name](packed)
     if isinstance(found, str):
         raise ValueError(found)
@@ -285,7 +301,9 @@ def _never_known(_layer: PackedLinear, _device: torch.device) -> str | None:
 
 for _packing in _ROWS:
     _is_split = _packing == "svdq"  # its branch reads the activations as they are
-    _is_fine = _packing == "gguf_q8_0"  # rounded more finely than int8 activations are: only for who asks for int8
+    # Only for who asks for int8: Q8_0 is rounded more finely than int8 activations are, and bitsandbytes, whose files
+    # nf4 and fp4 are, multiplies them in 16 bits.
+    _is_fine = _packing in ("gguf_q8_0", "nf4", "fp4")
     register(
         Kernel(
             name="compiled-int8",

@@ -231,6 +231,27 @@ def integers(first, last, n, codes, scales, groups, out, out_kind, out_scales):
         write_row(row, out_kind, out, r, out_scales)
 
 
+@kernel
+def tables(first, last, n, codes, table, magnitudes, groups, out, out_kind, out_scales):
+    """Two codes in a byte, the even column's in its high half, for numbers of a table (float32, 16), times a float32
+    magnitude for each of a row's groups of columns. Both numbers of a byte are looked up at once."""
+    row, group = np.empty(n, np.float32), n // groups
+    values, pairs = floats(table, 16), np.empty((256, 2), np.float32)
+    for byte in range(256):
+        pairs[byte, 0], pairs[byte, 1] = values[byte >> 4], values[byte & 15]
+    both, pair_of = row.view(np.uint64), pairs.reshape(512).view(np.uint64)
+    for r in range(first, last):
+        packed = _bytes(codes + r * (n // 2), n // 2)
+        for i in range(n // 2):
+            both[i] = pair_of[packed[i]]
+        of_row = floats(magnitudes + r * groups * 4, groups)
+        for g in range(groups):
+            part, magnitude = row[g * group : (g + 1) * group], of_row[g]
+            for i in range(group):
+                part[i] *= magnitude
+        write_row(row, out_kind, out, r, out_scales)
+
+
 # --------------------------------------------------------------------------------------------------- GGUF's blocks
 #
 # kernel(first, last, n, blocks, out, out_kind, out_scales). The layouts are drawn in packings/gguf.py.

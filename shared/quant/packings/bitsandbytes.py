@@ -10,8 +10,8 @@ Magnitudes may be packed themselves ("nested"): a byte each, blocks of them havi
 
     magnitude[b] = nested_table[absmax[b]] * nested_absmax[b // nested_block] + nested_offset[b // nested_block]
 
-with b counted through the matrix from row to row. They are worked out each time the matrix is unpacked, which adds 1 %
-to its time, and stay packed in between: half a bit a number less, and nothing to read when a file is opened.
+with b counted through the matrix from row to row. They are worked out each time the matrix is unpacked, which takes
+1 ms for 10240 x 3840, and stay packed in between: 0.4 bits a number less, and nothing to read when a file is opened.
 Source: bitsandbytes 0.50.2, functional.py, get_4bit_type() and dequantize_4bit().
 """
 

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shared.quant import kernels
@@ -19,6 +20,7 @@ from shared.quant.kernels.compiled_expand import _ROWS, expand
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed
 from shared.quant.packings import fp8
+from shared.quant.packings.bitsandbytes import TableBlocks
 from shared.quant.packings.gguf import _SCALES, GgufBlocks
 from shared.quant.packings.mxfp8 import Mxfp8
 from shared.quant.packings.nvfp4 import Nvfp4
@@ -80,6 +82,16 @@ def mxfp8() -> Packed:
     return Packed(Mxfp8(), (ROWS, COLUMNS), {"codes": finite_fp8(ROWS, COLUMNS), "exponents": exponents})
 
 
+def table_blocks(kind: str, *, nested: bool = False) -> Packed:
+    tensors = {"codes": some_bytes(ROWS, COLUMNS // 2), "table": torch.linspace(-1, 1, 16)}
+    magnitudes = ROWS * COLUMNS // 64
+    if not nested:
+        return Packed(TableBlocks(kind), (ROWS, COLUMNS), tensors | {"absmax": torch.rand(ROWS, COLUMNS // 64)})
+    tensors |= {"absmax": some_bytes(ROWS, COLUMNS // 64), "nested_table": torch.rand(256)}
+    of_blocks = {name: torch.rand(-(-magnitudes // 128)) for name in ("nested_absmax", "nested_offset")}
+    return Packed(TableBlocks(kind, 128), (ROWS, COLUMNS), tensors | of_blocks)
+
+
 def blocks(kind: str) -> Packed:
     """Any bytes, but for the scales, which are numbers."""
     numbers, size = BLOCKS[kind]
@@ -103,6 +115,8 @@ PACKED = {
     "mxfp8": mxfp8,
     "nvfp4 as files have it": lambda: swizzled(nvfp4()),
     "mxfp8 as files have it": lambda: swizzled(mxfp8()),
+    "nf4": lambda: table_blocks("nf4"),
+    "fp4": lambda: table_blocks("fp4"),
     **{kind: (lambda kind=kind: blocks(kind)) for kind in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")},
     **{kind: (lambda kind=kind: blocks(kind)) for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")},
 }
@@ -147,6 +161,29 @@ def test_swizzled_scales_are_read_where_they_lie(pack: Any, columns: int, dtype:
     assert scales[0] is scales[1] is None or torch.equal(*scales)
     if dtype == torch.float32:
         torch.testing.assert_close(got, lying.dequantize(torch.float32), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_bitsandbytes_rows_are_its_own_to_the_bit(nested: bool) -> None:
+    packed = table_blocks("nf4", nested=nested)
+    for dtype in (torch.float32, torch.bfloat16):
+        out = torch.empty(ROWS, COLUMNS, dtype=dtype)
+
+        expand(packed, out)
+
+        assert torch.equal(out, packed.dequantize(dtype))
+
+
+def test_bitsandbytes_weights_are_multiplied_in_16_bits_unless_int8_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch_int8, "_LARGE", ROWS)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    layers = [PackedLinear(table_blocks("nf4", nested=True), None, torch.bfloat16, compute=c) for c in ("auto", "int8")]
+
+    assert [layer.kernel(CPU).name for layer in layers] == ["compiled-bf16", "compiled-int8"]
+    x = torch.randn(3, COLUMNS).bfloat16()
+    assert torch.equal(layers[0](x), F.linear(x, layers[0].dequantize()))
 
 
 def test_threads_begin_within_a_band() -> None:
