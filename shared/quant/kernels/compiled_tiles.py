@@ -25,6 +25,7 @@ BLOCK = 512  # bytes
 _BLOCK_ROW = 32  # bytes of a block's row
 _COLUMNS = 64  # codes of a block's row
 _BANDS = 8  # of a tile of codes or scales
+_E2M1_BYTES = 8  # of a group
 _AT_ONCE = 8  # blocks put in order before they are unpacked: 4 KiB
 
 _LOW, _HIGH, _WORD = np.uint64(0xFFFFFFFF), np.uint64(0xFFFFFFFF00000000), np.uint64(32)
@@ -110,8 +111,8 @@ def nibbles(first, last, n, codes, kind, scales, scales_kind, group, row_scales,
     """compiled_rows.py's of the same name, of bands `first` to `last` of tiles. group: 64 with INT4, else 16."""
     groups, wide = n // group, n // _COLUMNS
     room_a, room_b = np.empty(BAND * groups, np.float32), np.empty(BAND * groups * 2, np.uint8)
-    room_c, room_d = np.empty(_AT_ONCE * BLOCK, np.uint8), np.empty(_AT_ONCE * _COLUMNS, np.float32)
-    factors, lying, blocks, numbers = room_a.ctypes.data, room_b.ctypes.data, room_c.ctypes.data, room_d.ctypes.data
+    room_c, room_d = np.empty(_AT_ONCE * BLOCK, np.uint8), np.empty(_AT_ONCE * _BLOCK_ROW, np.float32)
+    factors, lying, blocks, by_byte = room_a.ctypes.data, room_b.ctypes.data, room_c.ctypes.data, room_d.ctypes.data
     size = 1 if out_kind == CODES else 2 if out_kind == BFLOAT16 else 4
     for band in range(first, last):
         _put_scales(band, groups, scales, scales_kind == E4M3, lying)
@@ -135,8 +136,8 @@ def nibbles(first, last, n, codes, kind, scales, scales_kind, group, row_scales,
                         place = target + j * _COLUMNS * size
                         _unpack_int4(packed + j * _BLOCK_ROW, of_groups[j], share, place, out_kind)
                 else:
-                    _decode_e2m1(packed, count * _BLOCK_ROW, numbers)
-                    _write_e2m1(numbers, group, of_groups, count * _COLUMNS // group, share, target, out_kind)
+                    _spread(of_groups, share, count * _COLUMNS // group, by_byte)
+                    _unpack_e2m1(packed, count * _BLOCK_ROW, by_byte, target, out_kind)
 
 
 @exact
@@ -213,34 +214,36 @@ def _unpack_int4(source, factor, share, target, out_kind):
 
 
 @exact
-def _decode_e2m1(source, count, target):
-    """The doubled numbers of so many bytes. Apart from _write_e2m1, whose few numbers fill no vector twice."""
-    packed, numbers = carray(at(source), count, np.uint8), floats(target, 2 * count)
-    for i in range(count):
-        byte = np.uint32(packed[i])
-        numbers[2 * i] = _twice_e2m1(byte & _FIFTEEN)
-        numbers[2 * i + 1] = _twice_e2m1(byte >> _FOUR)
+def _spread(factors, share, groups, target):
+    """Each group's factor, times share, for each of its bytes: loops as long as a group would hardly fill a vector."""
+    by_byte = floats(target, groups * _E2M1_BYTES)
+    for g in range(groups):
+        factor = factors[g] * share
+        for i in range(_E2M1_BYTES):
+            by_byte[g * _E2M1_BYTES + i] = factor
 
 
 @exact
-def _write_e2m1(source, group, factors, groups, share, target, out_kind):
-    """Decoded numbers times their group's factor. `group` is not written as 16: so short a loop is unrolled one by one
-    where a loop of any length becomes vectors."""
+def _unpack_e2m1(source, count, factors, target, out_kind):
+    """So many bytes, two codes each, times a factor for each byte."""
+    packed, of_byte = carray(at(source), count, np.uint8), floats(factors, count)
     if out_kind == CODES:
-        for g in range(groups):
-            factor, numbers = factors[g] * share, floats(source + g * group * 4, group)
-            codes = carray(at(target + g * group), group, np.uint8)
-            for i in range(group):
-                codes[i] = np.uint8(bits_of(numbers[i] * factor + _ROUNDING) & _BYTE)
+        codes = carray(at(target), count, np.uint16)
+        for i in range(count):
+            byte = np.uint32(packed[i])
+            low = bits_of(_twice_e2m1(byte & _FIFTEEN) * of_byte[i] + _ROUNDING) & _BYTE
+            high = bits_of(_twice_e2m1(byte >> _FOUR) * of_byte[i] + _ROUNDING) & _BYTE
+            codes[i] = np.uint16(low | high << _EIGHT)
     elif out_kind == BFLOAT16:
-        for g in range(groups):
-            factor, numbers = factors[g], floats(source + g * group * 4, group)
-            brains = carray(at(target + g * group * 2), group, np.uint16)
-            for i in range(group):
-                brains[i] = np.uint16(_brain(numbers[i] * factor) >> _SIXTEEN)
+        brains = carray(at(target), count, np.uint32)
+        for i in range(count):
+            byte = np.uint32(packed[i])
+            low = _brain(_twice_e2m1(byte & _FIFTEEN) * of_byte[i])
+            high = _brain(_twice_e2m1(byte >> _FOUR) * of_byte[i])
+            brains[i] = low >> _SIXTEEN | high & _UPPER_HALF
     else:
-        for g in range(groups):
-            factor, numbers = factors[g], floats(source + g * group * 4, group)
-            scaled = floats(target + g * group * 4, group)
-            for i in range(group):
-                scaled[i] = numbers[i] * factor
+        numbers = floats(target, 2 * count)
+        for i in range(count):
+            byte = np.uint32(packed[i])
+            numbers[2 * i] = _twice_e2m1(byte & _FIFTEEN) * of_byte[i]
+            numbers[2 * i + 1] = _twice_e2m1(byte >> _FOUR) * of_byte[i]
