@@ -74,7 +74,7 @@ class Format(Protocol):
     SUFFIXES: frozenset[str]  # tensors of a layer that this format uses, besides "weight" and "bias"
     # Optional, FILE_TENSORS: frozenset[str]: tensors that mark a whole file and belong to no layer.
     # Optional, check(layer, packed): looks through the numbers of what read() gave; raises CheckpointError for those
-    # that cannot be. Formats without one have small scales only, which read() itself looks at.
+    # that cannot be. A format without one has no scales.
 
     def claims(self, layer: Layer) -> bool:
         """Whether the layer is of this format, judged by names, types and marker only."""
@@ -135,7 +135,7 @@ def format_of(layer: Layer) -> Format | None:
 
 
 def check_of(found: Format, layer: Layer, packed: Packed) -> Callable[[], None] | None:
-    """What looks through the numbers of a layer that was read; None where read() has done so."""
+    """What looks through the numbers of a layer that was read; None where there is nothing to look at."""
     check = getattr(found, "check", None)
     return None if check is None else partial(check, layer, packed)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer, marker_tensor
-from shared.quant.formats.scales import matrix_of, read_scale
+from shared.quant.formats.scales import check_scale, matrix_of, read_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,6 +63,11 @@ def read(layer: Layer) -> Packed:
     codes = layer.load("weight")[0]
     scale = read_scale(layer, _scale_suffix(layer), codes)
     return int8.pack(codes, scale, rotation)
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for scales that no weight can have."""
+    check_scale(layer, _scale_suffix(layer), packed)
 
 
 def quantize(weight: Tensor, *, per_row: bool = True, rotation: int | None = 0) -> dict[str, Tensor]:

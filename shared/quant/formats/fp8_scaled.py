@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer, marker_tensor
-from shared.quant.formats.scales import SCALE_DTYPES, matrix_of, read_scale
+from shared.quant.formats.scales import SCALE_DTYPES, check_scale, matrix_of, read_scale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,11 @@ def read(layer: Layer) -> Packed:
         )
     codes = layer.load("weight")[0]
     return fp8.pack(codes, read_scale(layer, _scale_suffix(layer), codes))
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for scales that no weight can have."""
+    check_scale(layer, _scale_suffix(layer), packed)
 
 
 def quantize(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer
-from shared.quant.formats.scales import matrix_of, read_scale
+from shared.quant.formats.scales import check_scale, matrix_of, read_scale
 
 if TYPE_CHECKING:
     import torch
@@ -52,6 +52,11 @@ def read(layer: Layer) -> Packed:
     codes = layer.load(DATA)[0]
     scale = read_scale(layer, SCALE, codes)
     return int8.pack(codes, scale)
+
+
+def check(layer: Layer, packed: Packed) -> None:
+    """Raises CheckpointError for scales that no weight can have."""
+    check_scale(layer, SCALE, packed)
 
 
 def quantize(weight: Tensor, *, scale_dtype: torch.dtype | None = None) -> dict[str, Tensor]:

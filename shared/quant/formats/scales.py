@@ -3,7 +3,7 @@
     in a file                  for                     here
     (), (1,), (1, 1)           the whole matrix        (1, 1)
     (rows,), (rows, 1)         each row                (rows, 1)
-    (rows / a, columns / b)    blocks of a x b         (rows, columns / b), each row of blocks repeated a times
+    (rows / a, columns / b)    blocks of a x b         the same; (rows, 1) where b is all columns
     (rows, columns / b, 1)     b columns of a row      (rows, columns / b)
 
 A scalar may come back as one number in a row: mmgp's reader turns () into (1,).
@@ -15,17 +15,20 @@ from typing import TYPE_CHECKING
 
 from shared.quant.errors import UserError
 from shared.quant.formats import Layer
+from shared.quant.packings.scale_rows import spread
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shared.quant.packing import Packed
 
 SCALE_DTYPES = ("F32", "BF16", "F16")
 
 
 def read_scale(layer: Layer, suffix: str, codes: Tensor) -> Tensor:
-    """The scales in `layer.tensors[suffix]` for `codes` (rows, columns): (1 or rows, groups) float32.
+    """The scales in `layer.tensors[suffix]` for `codes` (rows, columns): float32, of a shape as above.
 
-    Raises CheckpointError when they are absent, of a wrong type or shape, not finite, or zero where codes are not.
+    Raises CheckpointError when they are absent, or of a wrong type or shape.
     """
     info = layer.tensors.get(suffix)
     if info is None:
@@ -42,13 +45,16 @@ def read_scale(layer: Layer, suffix: str, codes: Tensor) -> Tensor:
         scale = scale.unsqueeze(1)
     if scale.ndim != 2 or 0 in scale.shape or rows % scale.shape[0] or columns % scale.shape[1]:
         raise layer.fail(f"{suffix} is {list(info.shape)}, which fits no blocks of a weight of {[rows, columns]}.")
+    return spread(scale, rows) if scale.shape[1] == 1 else scale
+
+
+def check_scale(layer: Layer, suffix: str, packed: Packed) -> None:
+    """Raises CheckpointError for scales that are not finite, or zero where codes are not."""
+    codes, scale = packed.tensors["codes"], packed.tensors["scale"]
     if not scale.isfinite().all():
         raise layer.fail(f"{suffix} holds NaN or infinity.", "The file was written wrongly; get it from elsewhere.")
-    if scale.shape != (1, 1):
-        scale = scale.repeat_interleave(rows // scale.shape[0], dim=0)
     if not scale.all():
-        _check_zeros(layer, suffix, codes, scale)
-    return scale
+        _check_zeros(layer, suffix, codes, spread(scale, len(codes)))
 
 
 def all_finite(numbers: Tensor) -> bool:

@@ -142,11 +142,11 @@ def _fp8(packed: Packed) -> _Rows | str:
     if not _is(codes, 1, n, k):
         return _ODD
     if scale is None:
-        return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, False, 0, 0), (codes,))
+        return _Rows("floats8", (codes.data_ptr(), kind, 0, 0, n, 0, 0), (codes,))
     scale = scale.contiguous()
-    if scale.dtype != torch.float32 or k % scale.shape[1] or len(scale) not in (1, n):
+    if scale.dtype != torch.float32 or k % scale.shape[1] or n % len(scale):
         return _ODD
-    arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], len(scale) > 1, 0, 0)
+    arguments = (codes.data_ptr(), kind, scale.data_ptr(), scale.shape[1], n // len(scale), 0, 0)
     return _Rows("floats8", arguments, (codes, scale))
 
 
@@ -161,7 +161,7 @@ def _mxfp8(packed: Packed) -> _Rows | str:
     tiles = _tiles(packed.packing, exponents, n, k // MXFP8_BLOCK)
     if tiles is None or not _is(codes, 1, n, k):
         return _ODD
-    arguments = (codes.data_ptr(), rows.E4M3, 0, k // MXFP8_BLOCK, False, exponents.data_ptr(), tiles)
+    arguments = (codes.data_ptr(), rows.E4M3, 0, k // MXFP8_BLOCK, n, exponents.data_ptr(), tiles)
     return _Rows("floats8", arguments, (codes, exponents))
 
 

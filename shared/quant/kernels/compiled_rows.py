@@ -184,10 +184,10 @@ def _round_groups(row, factors, largest, out, r, out_scales):
 
 
 @kernel
-def floats8(first, last, n, codes, kind, scales, groups, scale_rows, exponents, tiles, out, out_kind, out_scales):
+def floats8(first, last, n, codes, kind, scales, groups, height, exponents, tiles, out, out_kind, out_scales):
     """8-bit floats (E4M3 or E5M2), times what their group of columns says.
 
-    scales: float32 (1 or rows, groups), 0 for none; scale_rows: 1 where every row has its own. exponents: MXFP8's bytes
+    scales: float32 (rows / height, groups), 0 for none; height: how many rows share them. exponents: MXFP8's bytes
     (rows, groups) in the place of scales, 0 for none; tiles: of them where they lie swizzled, side by side, else 0.
     """
     row, band = np.empty(n, np.float32), np.empty((128, tiles), np.uint32)
@@ -210,7 +210,7 @@ def floats8(first, last, n, codes, kind, scales, groups, scale_rows, exponents, 
                 if exponents != 0:
                     scale = number(np.uint32(_bytes(its_scales, groups)[g]) << np.uint32(23))
                 else:
-                    scale = floats(scales, (r + 1) * groups)[(r if scale_rows else 0) * groups + g]
+                    scale = floats(scales, (r // height + 1) * groups)[r // height * groups + g]
                 part = row[g * group : (g + 1) * group]
                 for i in range(group):
                     part[i] *= scale

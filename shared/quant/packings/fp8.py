@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from shared.quant.packing import Packed
+from shared.quant.packings import scale_rows
 from shared.quant.pieces import Stackable
 
 DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -32,7 +33,8 @@ DTYPES = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 class Float8(Stackable):
     """Tensors: `codes` (rows, columns) uint8, and `scale` (1 or rows, groups) float32 unless it is 1 everywhere.
 
-    kind: "e4m3fn" or "e5m2".
+    Of several groups the scale may have fewer rows, each for some of the matrix's (scale_rows.py). kind: "e4m3fn" or
+    "e5m2".
     """
 
     kind: str
@@ -46,12 +48,14 @@ class Float8(Stackable):
         if scale is None:
             return decode(codes, self.kind, dtype)
         values = decode(codes, self.kind, torch.float32)
+        scale = scale_rows.spread(scale, len(codes))
         weight: Tensor = values.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)
         return weight.flatten(1).to(dtype)
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        of_rows = tensors["codes"].shape[0]
-        return {name: t[start:stop] if t.shape[0] == of_rows else t for name, t in tensors.items()}
+        codes, scale = tensors["codes"], tensors.get("scale")
+        cut = {"codes": codes[start:stop]}
+        return cut if scale is None else cut | {"scale": scale_rows.cut(scale, len(codes), start, stop)}
 
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]] | None:
         scales = [p["scale"] if "scale" in p else torch.ones(1, 1, device=p["codes"].device) for p in parts]
@@ -60,14 +64,11 @@ class Float8(Stackable):
         codes = [p["codes"] for p in parts]
         if all(s.shape == (1, 1) and torch.equal(s, scales[0]) for s in scales):
             return {"codes": codes, "scale": scales[:1]} if "scale" in parts[0] else {"codes": codes}
-        return {
-            "codes": codes,
-            "scale": [s.expand(len(c), -1).contiguous() for s, c in zip(scales, codes, strict=True)],
-        }
+        return {"codes": codes, "scale": scale_rows.stacked(scales, [len(c) for c in codes])}
 
 
 def pack(codes: Tensor, scale: Tensor | None) -> Packed:
-    """codes: (rows, columns) float8. scale: (1 or rows, groups) float, groups dividing columns; None for 1."""
+    """codes: (rows, columns) float8. scale: as Float8's, of any float type, groups dividing columns; None for 1."""
     kind = next(k for k, dtype in DTYPES.items() if dtype == codes.dtype)
     tensors = {"codes": codes.view(torch.uint8)}
     if scale is not None:

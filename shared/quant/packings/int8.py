@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from shared.quant.packing import Packed
+from shared.quant.packings import scale_rows
 from shared.quant.pieces import Stackable
 
 # Where the writer puts a row's largest magnitude. -128 is never written but may be read.
@@ -37,7 +38,10 @@ MAX_CODE = 127
 
 @dataclass(frozen=True)
 class Int8(Stackable):
-    """Tensors: `codes` (rows, columns) int8, `scale` (rows, groups) float32. rotation: ConvRot's group, 0 for none."""
+    """Tensors: `codes` (rows, columns) int8, `scale` (rows, groups) float32. rotation: ConvRot's group, 0 for none.
+
+    Of several groups the scale may have fewer rows, each for some of the matrix's (scale_rows.py).
+    """
 
     rotation: int = 0
 
@@ -47,24 +51,29 @@ class Int8(Stackable):
 
     def dequantize(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         codes, scale = tensors["codes"], tensors["scale"]
+        scale = scale_rows.spread(scale, len(codes))
         weight: Tensor = (codes.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(2)).flatten(1)
         if self.rotation:
             weight = rotate(weight, self.rotation)
         return weight.to(dtype)
 
     def take_rows(self, tensors: Mapping[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
-        return {"codes": tensors["codes"][start:stop], "scale": tensors["scale"][start:stop]}
+        codes, scale = tensors["codes"], tensors["scale"]
+        return {"codes": codes[start:stop], "scale": scale_rows.cut(scale, len(codes), start, stop)}
 
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]] | None:
         if len({p["scale"].shape[1] for p in parts}) > 1:
             return None
-        return {name: [p[name] for p in parts] for name in ("codes", "scale")}
+        codes = [p["codes"] for p in parts]
+        return {"codes": codes, "scale": scale_rows.stacked([p["scale"] for p in parts], [len(c) for c in codes])}
 
 
 def pack(codes: Tensor, scale: Tensor, rotation: int = 0) -> Packed:
-    """codes: (rows, columns) int8. scale: (1 or rows, groups) float, groups dividing columns."""
+    """codes: (rows, columns) int8. scale: (1 or rows, groups) float, groups dividing columns; of several groups it may
+    have fewer rows."""
     rows, columns = codes.shape
-    tensors = {"codes": codes, "scale": scale.float().expand(rows, -1).contiguous()}
+    scale = scale.float()
+    tensors = {"codes": codes, "scale": scale if scale.shape[1] > 1 else scale.expand(rows, -1).contiguous()}
     return Packed(Int8(rotation), (rows, columns), tensors)
 
 

@@ -13,7 +13,7 @@ from comfy_kitchen.tensor import QuantizedTensor, TensorWiseINT8Layout
 from torch import Tensor
 
 from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
-from shared.quant.formats import comfy_int8, format_of, marker_tensor
+from shared.quant.formats import comfy_int8, format_of, marker_tensor, read_checked
 from tests.support.packed_model import layer_of
 
 State = dict[str, Tensor]
@@ -156,7 +156,7 @@ def test_wrong_files_are_named(tmp_path: Path, fault: str) -> None:
     layer = layer_of(tmp_path / "odd.safetensors", change(comfy_int8.quantize(torch.randn(8, 128))))
 
     with pytest.raises(CheckpointError, match=says) as error:
-        comfy_int8.read(layer)
+        read_checked(comfy_int8, layer)
 
     assert str(error.value).startswith(f"{tmp_path / 'odd.safetensors'}: blocks.0: ")
 

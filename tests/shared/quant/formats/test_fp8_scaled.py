@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
-from shared.quant.formats import format_of, fp8_scaled, layers_of, marker_tensor
+from shared.quant.formats import format_of, fp8_scaled, layers_of, marker_tensor, read_checked
+from shared.quant.mapping import is_mapped
 from tests.support.packed_model import layer_of
 
 State = dict[str, Tensor]
@@ -112,6 +113,15 @@ def test_what_is_written_reads_back_within_the_documented_error(
     assert (packed.dequantize(torch.float32) - weight).norm() / weight.norm() < error
 
 
+def test_scales_of_blocks_are_read_without_a_copy(tmp_path: Path) -> None:
+    layer = layer_of(tmp_path / "f.safetensors", fp8_scaled.quantize(torch.randn(64, 384), block=32))
+
+    packed = fp8_scaled.read(layer)
+
+    assert packed.tensors["scale"].shape == (2, 12)
+    assert all(is_mapped(tensor) for tensor in packed.tensors.values())
+
+
 def test_zeros_stay_zeros(tmp_path: Path) -> None:
     for options in ({}, {"per_row": True}, {"block": 4}):
         packed = fp8_scaled.read(
@@ -161,7 +171,7 @@ def test_wrong_files_are_named(tmp_path: Path, fault: str) -> None:
     assert format_of(layer) is fp8_scaled
 
     with pytest.raises(CheckpointError, match=says) as error:
-        fp8_scaled.read(layer)
+        read_checked(fp8_scaled, layer)
 
     assert str(error.value).startswith(f"{tmp_path / 'odd.safetensors'}: blocks.0: ")
 

@@ -13,7 +13,7 @@ from optimum.quanto import AbsmaxOptimizer, qint8, quantize_weight
 from torch import Tensor
 
 from shared.quant.errors import CheckpointError, UnknownFormatError, UserError
-from shared.quant.formats import format_of, quanto_int8
+from shared.quant.formats import format_of, quanto_int8, read_checked
 from tests.support.packed_model import layer_of
 
 State = dict[str, Tensor]
@@ -105,7 +105,7 @@ def test_wrong_files_are_named(tmp_path: Path, fault: str) -> None:
     layer = layer_of(tmp_path / "odd.safetensors", change(quantos(torch.randn(8, 16))))
 
     with pytest.raises(CheckpointError, match=says) as error:
-        quanto_int8.read(layer)
+        read_checked(quanto_int8, layer)
 
     assert "odd.safetensors" in str(error.value)
 

@@ -110,6 +110,7 @@ PACKED = {
     "fp8": lambda: float8("e4m3fn", torch.rand(1, 1)),
     "fp8 by rows": lambda: float8("e4m3fn", torch.rand(ROWS, 1)),
     "fp8 in groups": lambda: float8("e4m3fn", torch.rand(ROWS, 4)),
+    "fp8 in square blocks": lambda: float8("e4m3fn", torch.rand(ROWS // 4, 4)),
     "fp8 bare": lambda: float8("e4m3fn", None),
     "e5m2": lambda: float8("e5m2", torch.rand(1, 1)),
     "mxfp8": mxfp8,

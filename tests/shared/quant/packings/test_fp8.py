@@ -15,6 +15,7 @@ SCALES = {
     "tensor": torch.tensor([[0.3]]),
     "row": torch.rand(12, 1) + 0.1,
     "block": torch.rand(12, 4) + 0.1,
+    "square": torch.rand(3, 4) + 0.1,
 }
 
 
@@ -81,7 +82,16 @@ def test_block_scales_serve_their_columns() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("none", "none"), ("tensor", "tensor"), ("row", "row"), ("block", "block"), ("none", "tensor"), ("tensor", "row")],
+    [
+        ("none", "none"),
+        ("tensor", "tensor"),
+        ("row", "row"),
+        ("block", "block"),
+        ("none", "tensor"),
+        ("tensor", "row"),
+        ("square", "square"),
+        ("square", "block"),
+    ],
 )
 def test_rows_are_taken_and_joined(kind: str, one: str, other: str) -> None:
     parts = [matrix(one, kind), matrix(other, kind)]
@@ -91,6 +101,19 @@ def test_rows_are_taken_and_joined(kind: str, one: str, other: str) -> None:
     whole = joined.dequantize(torch.float32)
     assert torch.equal(whole, torch.cat([p.dequantize(torch.float32) for p in parts]))
     assert torch.equal(joined.take_rows(5, 20).dequantize(torch.float32), whole[5:20])
+
+
+def test_scales_of_square_blocks_stay_as_few() -> None:
+    packed = matrix("square")
+
+    joined = join_rows([packed, packed])
+
+    weight = packed.dequantize(torch.float32)
+    codes, scale = packed.tensors["codes"].view(torch.float8_e4m3fn).float(), packed.tensors["scale"]
+    assert all(weight[n, k] == codes[n, k] * scale[n // 4, k // 8] for n in range(12) for k in range(32))
+    assert joined is not None and joined.tensors["scale"].shape == (6, 4)
+    assert packed.take_rows(4, 12).tensors["scale"].data_ptr() == scale[1:].data_ptr(), "scales were copied"
+    assert packed.take_rows(3, 12).tensors["scale"].shape == (9, 4)
 
 
 def test_equal_scales_of_whole_matrices_stay_one_number_when_joined() -> None:

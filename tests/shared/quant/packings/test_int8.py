@@ -58,6 +58,19 @@ def test_block_scales_serve_their_columns() -> None:
     assert all(weight[n, k] == codes[n, k] * scale[n, k // 2] for n in range(2) for k in range(6))
 
 
+def test_scales_of_square_blocks_stay_as_few() -> None:
+    codes, scale = matrix(6, 8, groups=1).tensors["codes"], torch.rand(3, 2)
+    packed = int8.pack(codes, scale)
+
+    joined = join_rows([packed, packed])
+
+    weight = packed.dequantize(torch.float32)
+    assert all(weight[n, k] == codes[n, k] * scale[n // 2, k // 4] for n in range(6) for k in range(8))
+    assert joined is not None and joined.tensors["scale"].shape == (6, 2)
+    assert torch.equal(joined.dequantize(torch.float32), torch.cat([weight, weight]))
+    assert torch.equal(packed.take_rows(1, 4).dequantize(torch.float32), weight[1:4])
+
+
 @pytest.mark.parametrize(("groups", "rotation"), [(1, 0), (4, 0), (1, 16)])
 def test_rows_are_taken_and_joined(groups: int, rotation: int) -> None:
     parts = [matrix(8, groups=groups, rotation=rotation), matrix(16, groups=groups, rotation=rotation)]
