@@ -63,6 +63,9 @@ class Pieces(Mapping[str, "Tensor"]):
         one = as_one(pieces)
         return torch.cat(tuple(pieces)) if one is None else one
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.of
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.of)
 

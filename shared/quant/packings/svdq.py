@@ -38,6 +38,7 @@ from torch import Tensor
 
 from shared.quant import e2m1
 from shared.quant.packings import svdq_tiles
+from shared.quant.pieces import Stackable
 
 Kind = Literal["int4", "fp4"]
 
@@ -49,7 +50,7 @@ _SHARED = ("smooth", "down")
 
 
 @dataclass(frozen=True)
-class Svdq:
+class Svdq(Stackable):
     """SVDQuant of either kind, of any rank."""
 
     kind: Kind
@@ -76,6 +77,16 @@ class Svdq:
             return svdq_tiles.take_rows(tensors, start, stop)
         tensors = svdq_tiles.in_order(tensors)
         return {name: tensors[name] for name in _SHARED} | {name: tensors[name][start:stop] for name in _BY_ROW}
+
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, list[Tensor]] | None:
+        """As Stackable's, in order or in tiles. None unless all lie in the same way and share smoothing and `down`."""
+        first = parts[0]
+        shared = [name for name in (*_SHARED, *svdq_tiles.SHARED) if name in first]
+        if any(part.keys() != first.keys() or svdq_tiles.are_scattered(part) for part in parts):
+            return None
+        if not _share(parts, shared):
+            return None
+        return {name: [first[name]] if name in shared else [part[name] for part in parts] for name in first}
 
     def join_rows(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
         """None unless all parts have the same smoothing and the same `down`. Tiles stay where they are."""

@@ -45,7 +45,12 @@ def are_as_in_a_file(tensors: Tensors) -> bool:
 
 def are_the_engine_s(tensors: Tensors) -> bool:
     """Whether nunchaku's engine reads them as they lie."""
-    return branch_is_tiled(tensors) and f"{CODES}_1" not in tensors and "row_scale" not in tensors
+    return branch_is_tiled(tensors) and not are_scattered(tensors) and "row_scale" not in tensors
+
+
+def are_scattered(tensors: Tensors) -> bool:
+    """Whether rows lie in several places."""
+    return f"{CODES}_1" in tensors
 
 
 def are_whole(start: int, stop: int) -> bool:

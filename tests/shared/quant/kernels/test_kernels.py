@@ -21,8 +21,10 @@ from shared.ops.rounding import round_rows
 from shared.quant import kernels, svdq_tiling
 from shared.quant.kernels import Kernel, comfy, torch_fp8
 from shared.quant.linear import PackedLinear
-from shared.quant.packing import Packed
+from shared.quant.packing import Packed, join_rows
 from shared.quant.packings.svdq import Svdq
+from shared.quant.pieces import stack_rows
+from shared.quant.stacked_linear import StackedLinear
 from tests.shared.quant.kernels.conftest import (
     COLUMNS,
     ROWS,
@@ -35,6 +37,8 @@ from tests.shared.quant.kernels.conftest import (
     skip_where_cpus_lack,
     swizzled,
 )
+from tests.shared.quant.packings.test_svdq import random_packed
+from tests.shared.quant.packings.test_svdq_tiles import tiled
 
 CPU = torch.device("cpu")
 
@@ -177,6 +181,29 @@ def test_nunchaku_gets_its_tiles(kind: str, engine: list[dict[str, Any]], make: 
     assert error_of(make(pack_svdq(kind)), "nunchaku", activations) < 0.008
     (call,) = engine
     assert (call["wcscales"] is None) == (kind == "int4")
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+def test_nunchaku_reads_swapped_rows_of_a_file_without_a_copy(
+    kind: str, engine: list[dict[str, Any]], activations: Tensor
+) -> None:
+    packed = tiled(random_packed(kind, 512, COLUMNS, 32))  # type: ignore[arg-type]
+    halves = [packed.take_rows(256, 512), packed.take_rows(0, 256)]
+    stacked, joined = stack_rows(halves), join_rows(halves)
+    assert stacked is not None and joined is not None
+    layer, nunchaku = StackedLinear(stacked, None, torch.bfloat16), kernel_named("nunchaku", "svdq")
+    layer.use(nunchaku, torch.device("cuda"))
+
+    y = nunchaku.run(layer, activations)
+
+    kept = dict(layer.named_buffers())
+    for name in ("qweight", "wscales", "proj_up"):
+        storage = packed.tensors[name].untyped_storage().data_ptr()
+        assert all(kept[f"{name}_{i}"].untyped_storage().data_ptr() == storage for i in range(2)), name
+    other = PackedLinear(joined, None, torch.bfloat16)
+    other.use(nunchaku, torch.device("cuda"))
+    assert torch.equal(y, nunchaku.run(other, activations))
+    assert len(engine) == 2 and ("wcscales_1" in kept) == (kind == "fp4")
 
 
 @pytest.mark.parametrize("packed", [lambda: pack_nvfp4(2), pack_mxfp8, pack_svdq, lambda: pack_svdq("fp4")])
