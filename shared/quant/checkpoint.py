@@ -18,7 +18,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +128,16 @@ class Checkpoint:
         from shared.quant import gguf_file
 
         wanted = [self.tensors[name] for name in (self.tensors if names is None else names)]
-        gguf = {file for file in {info.file for info in wanted} if gguf_file.is_gguf(file)}
+        gguf = self._gguf_files
         result = gguf_file.load(info for info in wanted if info.file in gguf)
         return result | {info.name: _plain(info) for info in wanted if info.file not in gguf}
+
+    @cached_property
+    def _gguf_files(self) -> frozenset[Path]:
+        from shared.quant import gguf_file
+
+        files = {info.file for info in self.tensors.values()}
+        return frozenset(file for file in files if gguf_file.is_gguf(file))
 
 
 def read_mapped(info: TensorInfo) -> Tensor:
