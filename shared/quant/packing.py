@@ -7,8 +7,8 @@ description without tensors. `Packed` is a matrix kept that way: the description
 spellings decode into one packing: quanto's and ComfyUI's int8 are the same numbers under other names.
 
 Tensors are kept in natural order, row n of every tensor (or of its first axis) belonging to output n, so that rows can
-be taken and joined by plain slicing. Formats that shuffle for a GPU's sake (nunchaku tiles, NVFP4's swizzled scales)
-are put in order once, at load.
+be taken and joined by plain slicing. What files shuffle for a GPU's sake (nunchaku's tiles, NVFP4's swizzled scales)
+stays shuffled until a kernel wants it in order; its packing knows how to cut and join it.
 """
 
 from __future__ import annotations
