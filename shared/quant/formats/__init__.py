@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
@@ -49,12 +49,14 @@ class Layer:
     """One linear (or other module) of a file: where it is, its tensors by suffix, and what its marker says.
 
     marker: the JSON of a `.comfy_quant` tensor or of the header's `_quantization_metadata`, {} without one.
+    read_once: what a format has read of the layer besides its numbers, so that it is not read for every question.
     """
 
     checkpoint: Checkpoint
     module: str
     tensors: Mapping[str, TensorInfo]
     marker: Mapping[str, Any]
+    read_once: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def load(self, *suffixes: str) -> list[Tensor]:
         """These tensors' data, in order."""

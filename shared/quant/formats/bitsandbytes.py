@@ -128,7 +128,8 @@ def _state(layer: Layer) -> State:
     found = [suffix for suffix in _STATES if suffix in layer.tensors]
     if len(found) != 1 or "weight" not in layer.tensors:
         raise layer.fail(f"has {len(found)} bitsandbytes quant_state tensors, expected a weight and one of them.")
-    state = _parsed(layer, found[0])
+    state: State = layer.read_once.get("state") or _parsed(layer, found[0])
+    layer.read_once["state"] = state
     rows, columns = state.shape
     if columns % 2:
         raise layer.fail(f"an odd number of columns ({columns}), of which two share a byte, cannot be read.", "")
