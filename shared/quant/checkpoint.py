@@ -113,11 +113,15 @@ class Checkpoint:
         return sum(t.nbytes for t in self.tensors.values())
 
     def read_bytes(self, name: str) -> bytes:
-        """One tensor's raw bytes, without torch: for small ones that hold text."""
+        """One tensor's raw bytes, without torch: for small ones that hold text or a number. Raises CheckpointError if
+        they are gone."""
         info = self.tensors[name]
         with info.file.open("rb") as stream:
             stream.seek(info.offset)
-            return stream.read(info.nbytes)
+            data = stream.read(info.nbytes)
+        if len(data) < info.nbytes:
+            raise _gone(info)
+        return data
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """Tensors by name, all of them by default, mapped from disk rather than copied (mapping.py).
@@ -140,15 +144,19 @@ class Checkpoint:
         return frozenset(file for file in files if gguf_file.is_gguf(file))
 
 
+def _gone(info: TensorInfo) -> CheckpointError:
+    return CheckpointError(
+        f"{info.file}: it ends before {info.name}, but did not when it was opened.",
+        "It has been altered meanwhile; try again.",
+    )
+
+
 def read_mapped(info: TensorInfo) -> Tensor:
     """A tensor's bytes as they lie in its file, uint8 (nbytes,), mapped. Raises CheckpointError if they are gone."""
     try:
         return map_bytes(info.file, info.offset, info.nbytes)
     except ValueError as error:
-        raise CheckpointError(
-            f"{info.file}: it ends before {info.name}, but did not when it was opened ({error}).",
-            "It has been altered meanwhile; try again.",
-        ) from error
+        raise _gone(info) from error
 
 
 def _plain(info: TensorInfo) -> Tensor:

@@ -79,7 +79,9 @@ class _InMemory(Checkpoint):
         return {name: self.data[name] for name in (self.data if names is None else names)}
 
     def read_bytes(self, name: str) -> bytes:
-        return bytes(self.data[name].tolist())
+        import torch
+
+        return bytes(self.data[name].contiguous().flatten().view(torch.uint8).tolist())
 
 
 def _layer_of(made: Mapping[str, Tensor], job: Job) -> Layer:

@@ -12,6 +12,7 @@ Sources: formats.md 4.1 to 4.3; LightX2V tools/convert/quant/quant.py and common
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.formats import Layer
@@ -125,7 +126,8 @@ def _scalar(layer: Layer, suffix: str) -> float:
     info = require(layer, suffix, ("F32",))
     if info.numel != 1:
         raise layer.fail(f"{suffix} is {list(info.shape)}, expected one number.")
-    value = float(layer.load(suffix)[0])
+    # Read, not mapped: mapping fetches the megabytes around it, too, from a file that is not in memory yet.
+    value: float = struct.unpack("<f", layer.checkpoint.read_bytes(info.name))[0]
     if not 0 < value < float("inf"):
         raise layer.fail(f"{suffix} is {value}, expected a positive number.")
     return value

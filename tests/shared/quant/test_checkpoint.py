@@ -184,6 +184,8 @@ def test_a_file_that_became_shorter_after_it_was_opened_is_named(tmp_path: Path)
 
     with pytest.raises(CheckpointError, match="it ends before b, but did not when it was opened"):
         checkpoint.load(["b"])
+    with pytest.raises(CheckpointError, match="it ends before b, but did not when it was opened"):
+        checkpoint.read_bytes("b")
 
 
 def test_numbers_that_begin_anywhere_are_read(tmp_path: Path) -> None:
