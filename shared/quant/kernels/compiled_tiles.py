@@ -8,8 +8,8 @@ how blocks follow each other:
         codes  (i / 8 * wide + j) * 8 + i % 8        up  i * wide + j        down  j * high + i
 
 Sixteen rows are a *band*, the unit of all kernels here: of each tile of codes 512 bytes in one piece, which are put in
-order in the first cache. The numbers are those that compiled_rows.py unpacks from codes in order, bit for bit as it is
-compiled today; here the order of multiplications is spelled out, so that no compiler chooses it.
+order in the first cache. The numbers are those that compiled_rows.py makes of codes in order; but here the order of
+multiplications is spelled out, which there a compiler may choose.
 """
 
 from __future__ import annotations

@@ -10,12 +10,18 @@ import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import save_file
 
+from models.z_image import loader
 from models.z_image.loader import load_transformer
 from shared.quant.checkpoint import Checkpoint
 from shared.quant.errors import CheckpointError, LayerMismatchError
 from shared.quant.formats import layers_of, svdq
+from shared.quant.kernels.resolve import resolve
+from shared.quant.kernels.svdq import in_order
 from shared.quant.linear import JoinedLinear, PackedLinear
+from shared.quant.mapping import is_mapped
 from shared.quant.packings.svdq import Kind
+from tests.models.z_image import test_stacked_on_gpu as on_gpu
+from tests.support.fake_cuda import fake_cuda
 from tests.support.packed_model import assert_same_network, forward
 from tests.support.tiny_model import TINY, relative_error
 
@@ -106,6 +112,45 @@ def test_it_computes_in_bfloat16(tmp_path: Path, state: State) -> None:
     plain = forward(load_transformer(plain_path, torch.float32))
     plain_bfloat16 = forward(load_transformer(plain_path, torch.bfloat16))
     assert relative_error(ours, plain) < 1.5 * relative_error(plain_bfloat16, plain)
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp4"])
+def test_a_cpu_opens_it_without_reading_a_weight_and_computes_the_same(
+    tmp_path: Path, state: State, kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = nunchaku_files(state, tmp_path, kind, 32, skip_refiners=False)
+    natural = load_transformer(path, torch.bfloat16)
+    for layer in packed_layers(natural):
+        layer._keep(in_order(layer.packed))
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)  # as a file of the real size is loaded
+
+    model = load_transformer(path, torch.bfloat16, keep_mapped=True)
+    resolve([model], torch.device("cpu"))
+
+    buffers = [pair for layer in packed_layers(model) for pair in layer.named_buffers()]
+    assert {name for name, tensor in buffers if not is_mapped(tensor)} <= {"row_scale"}
+    resolve([natural], torch.device("cpu"))
+    assert torch.equal(forward(model), forward(natural))
+
+
+@pytest.mark.parametrize(("kind", "offloader"), [("int4", "direct"), ("fp4", "streamed")])
+def test_a_gpu_gets_the_rows_of_w1_and_w3_in_line_and_draws_the_same(
+    tmp_path: Path, state: State, kind: Kind, offloader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "MAPPED_FROM", 0)
+    monkeypatch.setenv("ZIMAGE_TRITON", "0")  # not pretended
+    half = {name: tensor.bfloat16() for name, tensor in state.items()}
+    path, _ = nunchaku_files(half, tmp_path, kind, 32, skip_refiners=False)
+    with fake_cuda():
+        joined, apart = (on_gpu.load(path, "bf16", keep_apart=keep_apart) for keep_apart in (False, True))
+        assert on_gpu.stacked(apart) and not on_gpu.stacked(joined)
+        expected, got = (on_gpu.drawn(model, on_gpu.OFFLOADERS[offloader]()) for model in (joined, apart))
+
+    assert torch.equal(got, expected)
+
+
+def packed_layers(model: torch.nn.Module) -> list[PackedLinear]:
+    return [m for m in model.modules() if isinstance(m, PackedLinear)]
 
 
 def test_a_damaged_layer_is_named_before_anything_is_drawn(tmp_path: Path, state: State) -> None:
