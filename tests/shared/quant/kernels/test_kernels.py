@@ -164,6 +164,26 @@ def test_scales_lie_in_files_as_tensor_cores_read_them(packed: Any, make: MakeLa
     assert lying.packed.tensors[lying.packing.scales] is scales, "scales were copied"
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.usefixtures("on_cpu")
+def test_nvfp4_rows_that_lie_apart_are_multiplied_as_joined_ones(alike: bool) -> None:
+    x = torch.randn(20, COLUMNS, generator=torch.Generator().manual_seed(5)).to(torch.bfloat16)
+    first = swizzled(pack_nvfp4())
+    scale = first.tensors["tensor_scale"] * (1 if alike else 2)
+    parts = [first, Packed(first.packing, first.shape, {**first.tensors, "tensor_scale": scale})]
+    joined, stacked = join_rows(parts), stack_rows(parts)
+    assert joined is not None and stacked is not None
+    kernel = kernel_named("comfy-nvfp4", "nvfp4")
+    layers = [PackedLinear(joined, None, torch.bfloat16), StackedLinear(stacked, None, torch.bfloat16)]
+
+    for layer in layers:
+        layer.use(kernel, torch.device("cuda"))  # laid out at once, as for every GPU
+
+    assert [len(layer.packed.tensors["tensor_scale"]) for layer in layers] == [1 if alike else 2 * ROWS] * 2
+    expected, got = (kernel.run(layer, x) for layer in layers)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("parts", [1, 4])
 @pytest.mark.usefixtures("on_cpu")
 def test_nvfp4_times_nvfp4_is_right_also_for_joined_parts(parts: int, make: MakeLayer) -> None:

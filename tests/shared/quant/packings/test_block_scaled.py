@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from shared.quant.packing import Packed, join_rows
+from shared.quant.pieces import Pieces, stack_rows
 from tests.support.block_scaled import COLUMNS, ROWS, mxfp8, nvfp4
 
 Pack = Callable[..., tuple[Packed, torch.Tensor]]
@@ -65,6 +66,22 @@ def test_swizzled_scales_are_cut_where_bands_end_and_joined_again_untouched(pack
     assert joined is not None
     assert torch.equal(joined.tensors[scales], whole.tensors[scales].roll(256, 0))
     assert torch.equal(joined.dequantize(torch.float32), theirs.roll(256, 0))
+
+
+@pytest.mark.parametrize("rows", [128, 130])
+def test_swizzled_parts_are_laid_one_behind_the_other_where_bands_end(pack: Pack, rows: int) -> None:
+    (first, their_first), (second, their_second) = pack(1, rows, swizzled=True), pack(3, 48, swizzled=True)
+
+    stacked = stack_rows([first, second])
+
+    if rows == 130:
+        assert stacked is None
+        return
+    assert stacked is not None
+    assert torch.equal(stacked.dequantize(torch.float32), torch.cat([their_first, their_second]))
+    assert isinstance(stacked.tensors, Pieces)
+    for name, pieces in stacked.tensors.of.items():
+        assert pieces[0] is first.tensors[name] and pieces[1] is second.tensors[name]
 
 
 def test_differently_padded_parts_are_not_joined(packed: Pack) -> None:
