@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes.functional import quantize_4bit
 from diffusers import ZImageTransformer2DModel
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from models.z_image import loader, text_encoder
 from models.z_image.loader import load_transformer
 from models.z_image.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
 from models.z_image.z_image_main import model_factory
 from shared.quant.errors import CheckpointError
+from shared.quant.formats import comfy_int8, fp8_scaled, mxfp8, nvfp4, quanto_int8
 from tests.support.packed_model import State, official_names
 
 Q8_0 = GGMLQuantizationType.Q8_0
@@ -77,6 +81,40 @@ def test_a_large_file_is_refused_before_its_last_step(tmp_path: Path, state: Sta
     with pytest.raises(CheckpointError, match=r"m\.gguf: layers\.1\.feed_forward\.w2: a scale of its GGUF Q8_0"):
         draw(gguf_file(tmp_path / "m.gguf", state, HURT), model_folder, steps)
     assert 2 not in steps
+
+
+def nf4(weight: torch.Tensor) -> State:
+    codes, quant_state = quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    return {"weight": codes} | {f"weight.{suffix}": t for suffix, t in quant_state.as_dict(packed=True).items()}
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(
+    ("pack", "scale", "says"),
+    [
+        pytest.param(comfy_int8.quantize, "weight_scale", "weight_scale holds NaN or infinity", id="int8"),
+        pytest.param(quanto_int8.quantize, "weight._scale", "weight._scale holds NaN or infinity", id="quanto"),
+        pytest.param(fp8_scaled.quantize, "weight_scale", "weight_scale holds NaN or infinity", id="FP8"),
+        pytest.param(nvfp4.quantize, "weight_scale", "weight_scale holds NaN or negative numbers", id="NVFP4"),
+        pytest.param(mxfp8.quantize, "weight_scale", "weight_scale holds NaN", id="MXFP8"),
+        pytest.param(nf4, "weight.nested_absmax", "weight.nested_absmax holds NaN or infinity", id="nf4"),
+    ],
+)
+def test_scales_of_every_format_are_looked_through_beside_the_drawing(
+    tmp_path: Path, state: State, pack: Callable[[torch.Tensor], State], scale: str, says: str
+) -> None:
+    module = HURT.removesuffix(".weight")
+    packed = pack(state[HURT])
+    bits = packed[scale].flatten().view(torch.uint8)
+    bits[:] = 0xFF  # NaN in every type
+    tensors = {name: tensor for name, tensor in state.items() if name != HURT}
+    save_file(tensors | {f"{module}.{suffix}": t for suffix, t in packed.items()}, tmp_path / "m.safetensors")
+
+    model = load_transformer(tmp_path / "m.safetensors", torch.float32, keep_mapped=True)
+
+    assert model.number_checks.left == 1
+    with pytest.raises(CheckpointError, match=rf"{re.escape(module)}: {re.escape(says)}"):
+        model.number_checks.finish()
 
 
 @pytest.mark.usefixtures("large")
