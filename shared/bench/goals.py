@@ -131,7 +131,8 @@ _B200 = "diffusers on a B200 (Unsloth)"
 
 # The kinds of file that C5 opens (models/z_image/bench/sparse_files.py).
 _PACKED_FILES = (
-    "fp16", "fp32", "quanto int8", "int8", "FP8 scaled", "MXFP8", "NVFP4", "SVDQ int4 r256", "SVDQ fp4 r128", "nf4", "Q8_0", "Q4_K",
+    "fp16", "fp32", "quanto int8", "int8", "FP8 scaled", "MXFP8", "NVFP4", "SVDQ int4 r256", "SVDQ fp4 r128", "nf4",
+    "Q8_0", "Q4_K",
 )  # fmt: skip
 
 GOALS: tuple[Goal, ...] = (
