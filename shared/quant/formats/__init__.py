@@ -11,7 +11,7 @@ normal case, and never by a file's name. A new format is one module here, named 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
@@ -121,6 +121,13 @@ def format_of(layer: Layer) -> Format | None:
 
     Raises UnknownFormatError when the layer is neither plain nor claimed.
     """
+    if "format" not in layer.read_once:
+        layer.read_once["format"] = _asked(layer)
+    found: Format | None = layer.read_once["format"]
+    return found
+
+
+def _asked(layer: Layer) -> Format | None:
     for candidate in formats():
         if candidate.claims(layer):
             return candidate
@@ -163,12 +170,14 @@ def _is_plain(suffix: str, info: TensorInfo) -> bool:
     return info.dtype in PLAIN_DTYPES or (info.dtype in SMALL_PLAIN_DTYPES and not is_matrix)
 
 
-def _cut(name: str, suffixes: Iterable[str]) -> tuple[str, str]:
-    fitting = [s for s in suffixes if name.endswith(f".{s}")]
-    if not fitting:
-        return name, ""
-    longest = max(fitting, key=len)
-    return name[: -len(longest) - 1], longest
+def _cut(name: str, suffixes: Set[str]) -> tuple[str, str]:
+    """At the first dot after which all is a known suffix, the longest one that way."""
+    dot = name.find(".")
+    while dot >= 0:
+        if name[dot + 1 :] in suffixes:
+            return name[:dot], name[dot + 1 :]
+        dot = name.find(".", dot + 1)
+    return name, ""
 
 
 def _marker(
