@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from models.z_image.banded_decoder import BandedDecoder
 from models.z_image.tiled_decoder import decode_tiled
 from models.z_image.vae_names import CONFIG_KEY, diffusers_names
+from models.z_image.vae_numbers import cast_when_used, computed_in, made_ready
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import PLAIN_DTYPES
@@ -30,11 +31,12 @@ SHIFT_FACTOR = 0.1159
 NORM_GROUPS = 32
 
 
-def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
+def load_vae(path: str | Path, dtype: torch.dtype, *, keep_mapped: bool = False) -> Module:
     """Build AutoencoderKL from a checkpoint in diffusers or ldm naming, in `dtype` on the CPU, ready to run.
 
     Sizes come from tensor shapes; scaling, shift and norm groups from the header of a checkpoint of several parts, or a
     JSON beside the file (`config.json`, or `<name>_config.json` as Wan2GP ships it), else the published Z-Image values.
+    keep_mapped: weights of another type stay in the file until encode() or decode() needs them, see vae_numbers.py.
     Raises LayerMismatchError, and CheckpointError for a config that cannot be.
     """
     from accelerate import init_empty_weights
@@ -67,18 +69,21 @@ def load_vae(path: str | Path, dtype: torch.dtype) -> Module:
         )
     for name, shape in expected.items():
         given = tensors[name].name
-        weight = checkpoint.load([given])[given].reshape(shape).to(dtype)
+        weight = checkpoint.load([given])[given].reshape(shape)
+        weight = weight if keep_mapped else weight.to(dtype)
         owner, _, parameter = name.rpartition(".")
         setattr(model.get_submodule(owner), parameter, nn.Parameter(weight, requires_grad=False))
     # mmgp casts float32 weights to bfloat16 unless a model says what it is to stay in.
     model._model_dtype = dtype
+    if keep_mapped:
+        cast_when_used(model, dtype)
     return model.eval()
 
 
 def encode(vae: Module, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] to normalised latents (B, 16, H/8, W/8) float32: the distribution's mode."""
-    dtype = next(vae.parameters()).dtype
-    latents = vae.encode(pictures.to(dtype)).latent_dist.mode().float()
+    made_ready(vae, vae.encoder, vae.quant_conv)
+    latents = vae.encode(pictures.to(computed_in(vae))).latent_dist.mode().float()
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -89,8 +94,8 @@ def decode(vae: Module, latents: Tensor, tile: int = 0, quick: Module | BandedDe
     which takes pictures one by one, spares memory with a tile that is no smaller than the picture.
     quick: what quick_decoder() or BandedDecoder made of the VAE, to decode with instead.
     """
-    dtype = next(vae.parameters()).dtype
-    z = latents.to(dtype) / vae.config.scaling_factor + vae.config.shift_factor
+    made_ready(vae, vae.post_quant_conv, vae.decoder if quick is None else None)
+    z = latents.to(computed_in(vae)) / vae.config.scaling_factor + vae.config.shift_factor
     whole = not tile or max(latents.shape[-2:]) <= tile
     if isinstance(quick, BandedDecoder):
         each = [quick.prepare(one[None]) for one in z]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.z_image.cpu_attention import multiplies_bfloat16
+from models.z_image.vae_numbers import computed_in
 
 # diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
@@ -24,7 +25,7 @@ def quick_decoder(vae: Module) -> Module | None:
     The difference is 0.2 to 0.6 of 255 levels on average. For CPUs that multiply bfloat16.
     """
     weight = vae.decoder.conv_in.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not multiplies_bfloat16():
+    if weight.device.type != "cpu" or computed_in(vae) != torch.float32 or not multiplies_bfloat16():
         return None
     quick = rounded_decoder(vae, weight.device)
     quick.conv_norm_out.register_forward_pre_hook(lambda _norm, inputs: (inputs[0].float(),))
@@ -52,7 +53,8 @@ def rounded_decoder(vae: Module, device: torch.device, dtype: torch.dtype = torc
         setattr(decoder.get_submodule(owner), parameter, nn.Parameter(kept, requires_grad=False))
     for block, exact in zip(decoder.up_blocks, vae.decoder.up_blocks, strict=True):
         if block.upsamplers is not None:
-            block.upsamplers[0] = Doubling(block.upsamplers[0].conv, exact.upsamplers[0].conv.weight)
+            weight = exact.upsamplers[0].conv.weight.detach().float()
+            block.upsamplers[0] = Doubling(block.upsamplers[0].conv, weight)
     return decoder.eval()
 
 

@@ -45,7 +45,7 @@ class model_factory:
     place_text_encoder: None loads the text encoder at once. Else `text_encoder` is None until a prompt needs it; it is
     then loaded and given to this function, which puts it where it computes. prompt_store: remembers encoded prompts.
     parts: what another model_factory of the same files has loaded and this one takes over: transformer, text_encoder,
-    vae, tokenizer. keep_mapped, keep_apart: see load_transformer().
+    vae, tokenizer. keep_mapped, keep_apart: see load_transformer() and load_vae().
     safer: names of the remedies that an earlier drawing with these files needed (`report["safer"]`).
     """
 
@@ -96,7 +96,9 @@ class model_factory:
         if given_encoder is None and place_text_encoder is None:
             given_encoder = load_encoder()
         encoder = TextEncoder(given_encoder or load_encoder, self.tokenizer, prompt_store)
-        self.vae: nn.Module = parts.get("vae") or load_vae(vae_path, VAE_dtype or torch.float32)
+        self.vae: nn.Module = parts.get("vae") or load_vae(
+            vae_path, VAE_dtype or torch.float32, keep_mapped=keep_mapped
+        )
         self.transformer = parts.get("transformer") or load_transformer(
             paths, dtype, keep_mapped=keep_mapped, keep_apart=keep_apart
         )

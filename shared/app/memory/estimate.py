@@ -1,7 +1,8 @@
 """The estimate before the run: weights, and the working memory of each stage.
 
 weights  = sum over the files of tensor bytes; 16 and 32 bit numbers count at the size of the compute type, but
-           those of blocks in a large file at 16 bits on a CPU that computes in float32: they stay mapped
+           those of blocks in a large file at 16 bits on a CPU that computes in float32, and those of a VAE beside
+           whose decoder a CPU has a copy in bfloat16 (decoding.py): they stay mapped
 LoRAs    = the same over their files
 scratch  = the largest packed (or mapped 16-bit) matrix unpacked: one at a time is, for kernels that multiply
            unpacked numbers
@@ -116,7 +117,12 @@ def estimate_memory(
         part = open_part(vae, "vae")
         channels = last_stage_channels(part)
         sizes["vae"] = ModuleSizes(nbytes=sum(loaded_bytes(info, work.vae_bytes) for info in part.tensors.values()))
+        vae_stored = part.nbytes
+    else:
+        vae_stored = absent["vae"].nbytes if "vae" in absent else 0
     drawn, read, decoder = sizes["transformer"], sizes["text_encoder"], sizes["vae"]
+    if work.on_cpu and work.decode_bytes is not None:
+        sizes["vae"] = ModuleSizes(nbytes=vae_stored, mapped=vae_stored)
     ways = decode_ways(work)
     lora_tensors = [info for path in loras for info in Checkpoint.open(path).tensors.values()]
     return MemoryEstimate(

@@ -99,12 +99,13 @@ class PublishedModule:
             kept = min(kept, max(0, self.nbytes - shapes.numbers))
         widened = min(kept, shapes.outside) if self._widens(compute_bytes, on_cpu) else kept
         mapped = (kept if compute_bytes == HALF else kept - widened) * HALF
+        is_copied = self.is_joined and self.nbytes < MAPPED_FROM
         table = outside = 0
         if self.packs_table:  # it is unpacked once: its bytes in the file give way to the numbers
             table, outside = round(shapes.outside * self._stored), shapes.outside * compute_bytes
         return _Loaded(
             total=self.nbytes + widened * (compute_bytes - HALF) + outside - table,
-            mapped=mapped if self.is_joined else mapped + self.nbytes - kept * HALF - table,
+            mapped=mapped if is_copied else mapped + self.nbytes - kept * HALF - table,
             outside=outside if self.packs_table else min(shapes.outside, kept) * compute_bytes,
             scratch=shapes.largest * compute_bytes,
         )

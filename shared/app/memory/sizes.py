@@ -31,6 +31,10 @@ _PLAIN_DTYPES = {
     "BF16": 2,
 }  # converted to the compute dtype at load; packed formats keep their size
 HALF, FLOAT32 = 2, 4  # bytes of a number
+# nunchaku's tiles: a CPU puts those of the low-rank branch in order and reads the others as they lie; a GPU without
+# nunchaku's engine has them all put in order in RAM.
+_IN_TILES = re.compile(r".*\.(?:qweight|wscales|proj_down|proj_up)")
+_IN_TILES_ON_CPU = re.compile(r".*\.proj_(?:down|up)")
 _BLOCK_NAME = re.compile(r"(?:.*?\.)??\w+\.\d+(?=\.)")
 _TABLE_NAME = re.compile(r"(?:.*\.)?(?:embed_tokens|token_embd)")
 
@@ -85,7 +89,7 @@ def module_sizes(
     """Sizes of the module in these files. Of other modules in the same file (a whole checkpoint's), all count.
 
     on_cpu: matrices of a large 16-bit file's blocks stay mapped where float32 is computed in. is_joined: whether rows
-    of packed matrices may be copied, so that one product makes several (q, k and v) of them.
+    of packed matrices are copied, in small files, so that one product makes several (q, k and v) of them.
     """
     matrices = _matrices(files)
     tables = [matrix for matrix in matrices if _TABLE_NAME.fullmatch(matrix.module)]
@@ -93,7 +97,9 @@ def module_sizes(
     total, mapped, scratch = sum(m.numbers for m in tables if m.is_packed) * compute_bytes, 0, 0
     blocks: dict[str, list[int]] = {}  # of the tensors in each numbered module
     for number, file in enumerate(files):
-        widens = on_cpu and compute_bytes == FLOAT32 and file.nbytes >= MAPPED_FROM
+        is_large = file.nbytes >= MAPPED_FROM
+        widens = on_cpu and compute_bytes == FLOAT32 and is_large
+        in_tiles = _IN_TILES_ON_CPU if on_cpu else _IN_TILES
         for info in file.tensors.values():
             if id(info) in unpacked:
                 continue
@@ -104,7 +110,8 @@ def module_sizes(
             else:
                 size = loaded_bytes(info, compute_bytes)
             total += size
-            mapped += size if stored == compute_bytes or (stored is None and not is_joined) else 0
+            is_read_there = stored == compute_bytes or (stored is None and (is_large or not is_joined))
+            mapped += size if is_read_there and not in_tiles.fullmatch(info.name) else 0
             if block:
                 blocks.setdefault(f"{number} {block[0]}", []).append(-(-size // ALIGNMENT) * ALIGNMENT)
     blocks = {name: sizes for name, sizes in blocks.items() if len(sizes) >= _BLOCK_TENSORS}

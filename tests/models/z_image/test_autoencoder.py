@@ -14,7 +14,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 
 from models.z_image import autoencoder
+from models.z_image.cpu_attention import multiplies_bfloat16
+from models.z_image.quick_decoder import quick_decoder
+from models.z_image.vae_numbers import computed_in
 from shared.quant.errors import CheckpointError, LayerMismatchError
+from shared.quant.mapping import is_mapped
 
 
 def decoded(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
@@ -30,6 +34,41 @@ def test_decodes_and_encodes_like_diffusers(model_folder: Path, reference_vae: A
 
     torch.testing.assert_close(autoencoder.decode(vae, latents), decoded(reference_vae, latents), rtol=0, atol=1e-4)
     torch.testing.assert_close(autoencoder.encode(vae, picture), expected, rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def half_vae(model_folder: Path, tmp_path: Path) -> Path:
+    """The same VAE in bfloat16, as the published one is."""
+    shutil.copytree(model_folder / "vae", tmp_path / "half")
+    file = tmp_path / "half" / "diffusion_pytorch_model.safetensors"
+    save_file({name: t.bfloat16() for name, t in load_file(file).items()}, file)
+    return file.parent
+
+
+def test_numbers_of_another_type_stay_in_the_file_until_their_part_is_used(half_vae: Path) -> None:
+    at_once = autoencoder.load_vae(half_vae, torch.float32)
+    later = autoencoder.load_vae(half_vae, torch.float32, keep_mapped=True)
+    latents, picture = torch.randn(2, 16, 6, 4), torch.rand(1, 3, 32, 48) * 2 - 1
+    assert all(is_mapped(weight) and weight.dtype == torch.bfloat16 for weight in later.parameters())
+    assert computed_in(later) == computed_in(at_once) == torch.float32
+
+    assert torch.equal(autoencoder.encode(later, picture), autoencoder.encode(at_once, picture))
+    assert all(is_mapped(weight) for weight in later.decoder.parameters()), "nothing has been decoded"
+    assert torch.equal(autoencoder.decode(later, latents), autoencoder.decode(at_once, latents))
+    assert torch.equal(autoencoder.decode(later, latents, tile=4), autoencoder.decode(at_once, latents, tile=4))
+    assert {weight.dtype for weight in later.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="no copy of the decoder on this CPU")
+def test_a_quick_decoder_is_made_of_numbers_that_stay_in_the_file(half_vae: Path) -> None:
+    at_once = autoencoder.load_vae(half_vae, torch.float32)
+    later = autoencoder.load_vae(half_vae, torch.float32, keep_mapped=True)
+    latents = torch.randn(1, 16, 6, 4)
+
+    ours, expected = (autoencoder.decode(vae, latents, quick=quick_decoder(vae)) for vae in (later, at_once))
+
+    assert torch.equal(ours, expected)
+    assert all(is_mapped(weight) for weight in later.decoder.parameters())
 
 
 def test_wan2gp_s_config_beside_the_file_is_used(model_folder: Path, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from models.z_image import token_rows
-from shared.app.memory import MIB
+from shared.app.memory import MIB, sizes
 from shared.app.memory.workload import FEED_FORWARD_TOKENS_ON_CPU, FEED_FORWARD_TOKENS_ON_GPU
 from tests.support.fake_family import write_weights
 from tests.support.module_files import block, estimate, write_tensors
@@ -23,13 +24,13 @@ def test_weights_count_at_the_size_of_the_compute_type(tmp_path: Path) -> None:
 
 
 def test_blocks_are_told_from_what_belongs_to_none(tmp_path: Path) -> None:
-    sizes = estimate(tmp_path).sizes["transformer"]
+    drawn = estimate(tmp_path).sizes["transformer"]
 
-    assert sizes.blocks == (BLOCK_NUMBERS * 2,) * 2
-    assert sizes.trunk == (32 * 64 + 2 * 8 * 8) * 2
-    assert (sizes.width, sizes.hidden) == (32, 80)
-    assert sizes.products == 2 * (32 * 32 * 4 + 2 * 32 * 80)  # the modulation's input is no token
-    assert sizes.scratch == 0
+    assert drawn.blocks == (BLOCK_NUMBERS * 2,) * 2
+    assert drawn.trunk == (32 * 64 + 2 * 8 * 8) * 2
+    assert (drawn.width, drawn.hidden) == (32, 80)
+    assert drawn.products == 2 * (32 * 32 * 4 + 2 * 32 * 80)  # the modulation's input is no token
+    assert drawn.scratch == 0
 
 
 def test_denoising_grows_with_tokens_and_doubles_with_guidance(tmp_path: Path) -> None:
@@ -62,9 +63,12 @@ def test_decoding_grows_with_pixels_and_shrinks_with_tiles(tmp_path: Path) -> No
 
 
 def test_decoding_in_another_type_counts_its_activations_and_a_second_decoder(tmp_path: Path) -> None:
-    own, half = estimate(tmp_path), estimate(tmp_path, decode_bytes=2)
+    vae = write_tensors(tmp_path / "half.safetensors", {"decoder.conv_out.weight": (3, 12, 3, 3)})
+    own, half = estimate(tmp_path, vae=vae), estimate(tmp_path, vae=vae, decode_bytes=2)
 
     assert not half.decodes_beside
+    # The VAE itself is hardly looked at then, and stays in its file.
+    assert half.sizes["vae"].mapped == half.sizes["vae"].nbytes == own.sizes["vae"].nbytes / 2
     assert own.decode_mb / 3 < half.decode_mb < 0.6 * own.decode_mb
 
 
@@ -101,6 +105,28 @@ def test_a_packed_table_counts_as_it_is_unpacked_and_is_not_mapped(tmp_path: Pat
 
     assert as_is.nbytes == unpacked.nbytes == as_is.table == unpacked.table == 100 * 32 * 2
     assert (as_is.mapped, unpacked.mapped, unpacked.scratch) == (100 * 32 * 2, 0, 0)
+
+
+def test_of_nunchaku_s_tiles_a_cpu_puts_the_low_rank_branch_in_order_and_a_gpu_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiled = {
+        "layers.0.out.qweight": torch.zeros(128, 64, dtype=torch.int8),
+        "layers.0.out.wscales": torch.ones(2, 128, dtype=torch.bfloat16),
+        "layers.0.out.smooth_factor": torch.ones(128, dtype=torch.bfloat16),
+        "layers.0.out.proj_down": torch.zeros(128, 16, dtype=torch.bfloat16),
+        "layers.0.out.proj_up": torch.zeros(128, 16, dtype=torch.bfloat16),
+    }
+    save_file(tiled, tmp_path / "p.safetensors")
+    codes, scales, smooth = 128 * 64, 2 * 128 * 2, 128 * 2
+
+    def mapped(**changes: object) -> int:
+        return estimate(tmp_path, transformer=[tmp_path / "p.safetensors"], **changes).sizes["transformer"].mapped
+
+    assert mapped(on_cpu=True) == scales + smooth, "of a small file packed rows may be copied"
+    monkeypatch.setattr(sizes, "MAPPED_FROM", 1)
+    assert mapped(on_cpu=True) == codes + scales + smooth
+    assert mapped(on_cpu=False) == smooth
 
 
 def test_a_packed_matrix_counts_as_packed_and_unpacked_once(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_a_cast_file_has_no_plain_numbers_and_a_gguf_encoders_table_is_unpacked_
     cast = published("transformer", 6.15e9).sizes(4)
     gguf = published("text_encoder", 2.5e9, packs_table=True).sizes(2)
 
-    assert cast.nbytes == round(6.15e9) and cast.mapped == 0
+    assert cast.nbytes == cast.mapped == round(6.15e9)
     shapes = PUBLISHED_SHAPES["text_encoder"]
     packed = round(shapes["outside"] * 2.5e9 / shapes["numbers"])
     assert gguf.nbytes == round(2.5e9) - packed + shapes["outside"] * 2
@@ -157,14 +157,13 @@ def test_a_control_branch_that_is_not_here_counts_in_blocks_like_the_transformer
     assert controlled.products / plain.products == pytest.approx(52 / 34, rel=0.01)
 
 
-def test_a_packed_text_encoder_stays_in_its_file_and_so_is_let_go_of(big: dict[str, Path]) -> None:
+def test_large_packed_files_stay_where_they_are_and_a_text_encoder_is_let_go_of(big: dict[str, Path]) -> None:
     files = {"transformer": big["transformer_int8"], "text_encoder": big["text_encoder_int8"], "vae": big["vae"]}
 
     sizes = by_files(files, compute_bytes=2).sizes
 
     assert sizes["text_encoder"].mapped == pytest.approx(sizes["text_encoder"].nbytes, rel=0.01)
-    drawn = sizes["transformer"]
-    assert drawn.mapped < 0.3 * drawn.nbytes, "q, k, v and w1, w3 may be copied side by side"
+    assert sizes["transformer"].mapped == pytest.approx(sizes["transformer"].nbytes, rel=0.01)
 
 
 def test_only_what_is_missing_is_taken_from_the_published_size(tmp_path: Path) -> None:
