@@ -116,7 +116,7 @@ class Checkpoint:
         """One tensor's raw bytes, without torch: for small ones that hold text or a number. Raises CheckpointError if
         they are gone."""
         info = self.tensors[name]
-        with info.file.open("rb") as stream:
+        with info.file.open("rb", buffering=0) as stream:
             stream.seek(info.offset)
             data = stream.read(info.nbytes)
         if len(data) < info.nbytes:

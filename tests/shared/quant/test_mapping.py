@@ -66,10 +66,31 @@ def test_the_mapping_lives_as_long_as_a_tensor_or_a_view_of_it(file: Path) -> No
 
 
 def test_bytes_behind_the_end_are_refused(file: Path) -> None:
-    with pytest.raises(ValueError, match="greater than file size"):
+    with pytest.raises(ValueError, match="ends before byte 262,145"):
         map_bytes(file, SIZE - 10, 11)
 
     assert map_bytes(file, SIZE, 0).numel() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_no_file_stays_open_for_a_tensor_of_it(file: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_files = len(os.listdir("/dev/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (open_files + 8, before[1]))
+        tensors = [map_bytes(file, 10 * i, 10) for i in range(100)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+    assert bytes(torch.cat(tensors).numpy()) == file.read_bytes()[:1000]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="is asked by Python's own mmap")
+def test_what_the_system_refuses_names_the_file(file: Path) -> None:
+    with pytest.raises(OSError, match=r"\[Errno 9\].*weights"):
+        mapping._map(file, -1, 0, 10)  # no such descriptor
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of memory")
