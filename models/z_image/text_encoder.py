@@ -165,6 +165,7 @@ def load_text_encoder(
     """
     from accelerate import init_empty_weights
     from transformers import Qwen3Config, Qwen3Model
+    from transformers.initialization import no_init_weights
 
     checkpoint = with_hugging_face_names(Checkpoint.open(path))
     plan = _plan(checkpoint)
@@ -177,7 +178,7 @@ def load_text_encoder(
         dtype=dtype,
     )
     unused = (f"layers.{config.num_hidden_layers}.", "norm")
-    with init_empty_weights(include_buffers=False):
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model = Qwen3Model(config)
     model.norm = nn.Identity()
     used = {module: parts for module, parts in plan.items() if not module.startswith(unused)}
