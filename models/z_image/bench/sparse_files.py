@@ -172,7 +172,7 @@ def write(path: Path, config: TransformerConfig, kind: Kind) -> int:
     if kind.rank:
         svdq_kind: Any = "int4" if kind.packed is _svdq_int4 else "fp4"
         metadata = svdq.header(config.as_diffusers(), kind=svdq_kind, rank=kind.rank)
-    return _write_safetensors(path, tensors, metadata)
+    return write_safetensors(path, tensors, metadata)
 
 
 def _tensors(config: TransformerConfig, names: Names) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, ...]]]:
@@ -205,7 +205,8 @@ def _modules(module: str, names: Names) -> tuple[str, ...]:
     return (block + stacked[linear],) if linear in stacked else theirs
 
 
-def _write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> int:
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> int:
+    """These tensors in a file, as long as it would be; its length in bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, stored in tensors.items():
