@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shared.bench.card import label
 from shared.bench.cases import CASES
 from shared.bench.floors import Find
-from shared.bench.goals import Check, Goal, Hardware
+from shared.bench.goals import WORST, Check, Goal, Hardware
 from shared.bench.machine import Machine
 from shared.bench.results import Record, Results
 
@@ -135,10 +135,26 @@ def _value(check: Check, record: Record, find: Find) -> float | None:
 
 
 def _number(check: Check, record: Record, row: str, who: str) -> float | None:
-    values = record.find(row, who)
-    if check.key not in values or (check.per and check.per not in values):
-        return None
-    return float(values[check.key]) / (float(values[check.per]) if check.per else 1)
+    found = _numbers(check, record, who)
+    if row == WORST:
+        return found[_worst(check, found)] if found else None
+    return found.get(row)
+
+
+def _numbers(check: Check, record: Record, who: str) -> dict[str, float]:
+    """By row, of all that have the figure."""
+    keys = {check.key, check.per} if check.per else {check.key}
+    rows = [row for row in record.rows if row.who == who and keys <= row.values.keys()]
+    # The first of a name is the newest: see latest().
+    return {
+        row.row: float(row.values[check.key]) / (float(row.values[check.per]) if check.per else 1)
+        for row in reversed(rows)
+    }
+
+
+def _worst(check: Check, found: Mapping[str, float]) -> str:
+    """The row that is furthest from the goal."""
+    return (max if check.at_most else min)(found, key=lambda row: found[row])
 
 
 def _other(check: Check, record: Record, find: Find) -> str:
@@ -155,6 +171,8 @@ def _absolute(check: Check, row: str, who: str, record: Record, named: bool = Fa
     """The figure behind a quotient, in its own unit."""
     if check.floor is not None:
         return f" ({_figure((_number(check, record, row, who) or 0.0) * check.scale, 'ms')})"
+    if row == WORST:
+        return f" ({_worst(check, _numbers(check, record, who))})"
     if not check.versus or check.per:
         return ""
     unit = {"ms": "ms", "seconds": "s", "cpu_seconds": "CPU s"}.get(check.key, check.key)

@@ -13,7 +13,7 @@ import pytest
 from shared.bench import charts
 from shared.bench.card import label
 from shared.bench.cases import CASES, PEERS, SESSIONS, select_cases, select_peers
-from shared.bench.goals import GOALS, Check, Goal
+from shared.bench.goals import GOALS, WORST, Check, Goal
 from shared.bench.machine import Machine
 from shared.bench.page import PAGE, render
 from shared.bench.results import Record, Results, Row, read_all
@@ -51,6 +51,19 @@ def test_an_inverse_ratio_is_ours_over_the_others(machine: Machine, record: Reco
     verdict = judge(goal(check), [Results(machine, {"C1": record})])
 
     assert (verdict.met, verdict.ours) == (False, "0.29 x (4 ms)")
+
+
+def test_of_many_rows_the_one_furthest_from_the_goal_counts_and_is_named(machine: Machine, record: Record) -> None:
+    values = {"nf4": 30.0, "int8": 20.0}
+    rows = [*(Row(name, "ours", {"ms": ms, "gb": 2}) for name, ms in values.items()), Row("bf16", "P1", {"ms": 90})]
+    results = [Results(machine, {"C1": replace(record, rows=tuple(rows))})]
+
+    most = judge(goal(Check(case="C1", row=WORST, bound=25)), results)
+    least = judge(goal(Check(case="C1", row=WORST, bound=5, per="gb", at_most=False)), results)
+
+    assert (most.met, most.ours) == (False, "30 ms (nf4)")
+    assert (least.met, least.ours) == (True, "10 ms (int8)")
+    assert judge(goal(Check(case="C1", row=WORST, bound=5, who="P3")), results).met is None
 
 
 def test_the_latest_run_counts_and_the_first_is_shown_beside_it(machine: Machine, record: Record) -> None:
