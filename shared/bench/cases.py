@@ -102,7 +102,7 @@ CASES: tuple[Case, ...] = (
          ("P1", "P2", "P3", "P7")),
     Case("C4", "the whole program on a CPU", "256x256, 2 and 8 forwards and decode", "CPU s, peak memory",
          by_preset=True),
-    Case("C5", "opening and mapping a large file", "bf16 in two layouts, twelve other kinds of file, text encoders, a VAE",
+    Case("C5", "opening and mapping a large file", "bf16 in two layouts, twelve other kinds, text encoders, VAE",
          "s, own memory",
          ("P1", "P6")),
     Case("C6", "schedule of streamed weights, simulated", "34 blocks through a link of 12 to 50 GB/s",
