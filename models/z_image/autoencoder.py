@@ -21,6 +21,7 @@ from models.z_image.vae_numbers import cast_when_used, computed_in, made_ready
 from shared.quant.checkpoint import Checkpoint, TensorInfo
 from shared.quant.errors import CheckpointError, LayerMismatchError, UnknownFormatError
 from shared.quant.formats import PLAIN_DTYPES
+from shared.quant.unfilled import unfilled
 
 # diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
@@ -39,7 +40,6 @@ def load_vae(path: str | Path, dtype: torch.dtype, *, keep_mapped: bool = False)
     keep_mapped: weights of another type stay in the file until encode() or decode() needs them, see vae_numbers.py.
     Raises LayerMismatchError, and CheckpointError for a config that cannot be.
     """
-    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL
 
     checkpoint = Checkpoint.open(path)
@@ -51,7 +51,7 @@ def load_vae(path: str | Path, dtype: torch.dtype, *, keep_mapped: bool = False)
             f"{', '.join(map(str, config['block_out_channels']))} channels.",
             "The VAE's config.json, which says the groups, belongs beside its file.",
         )
-    with init_empty_weights(include_buffers=False):
+    with unfilled():
         model = AutoencoderKL(**config)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     wrong = [n for n, shape in expected.items() if n not in tensors or not _fits(tensors[n].shape, shape)]

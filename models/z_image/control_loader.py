@@ -99,15 +99,14 @@ def load_control(checkpoint: Checkpoint, trunk: TransformerConfig, storage: Stor
 
     Raises LayerMismatchError for a branch of another model's sizes, UnknownFormatError for a packing not known.
     """
-    import torch
-
     from models.z_image.control import ControlBranch
+    from shared.quant.unfilled import unfilled
 
     plan = plan_control(checkpoint)
     config = read_control_config(checkpoint, plan, trunk.n_layers)
     plan = _used(plan, config)
     logger.info("%s: %s, %d control layers", checkpoint.path.name, release_of(config), len(config.places))
-    with torch.device("meta"):
+    with unfilled():
         branch = ControlBranch(trunk, config)
     fill(branch, plan, storage, source=str(checkpoint.path), hint=_hint)
     return branch.eval().requires_grad_(False)
@@ -121,9 +120,8 @@ def check_control(
     Returns the plan of what is used, our module (or bare parameter) -> suffix -> shape, and what the header's `config`
     has to say for the branch to be read again.
     """
-    import torch
-
     from models.z_image.control import ControlBranch
+    from shared.quant.unfilled import unfilled
 
     plan = plan_control(checkpoint)
     known = shapes(plan)
@@ -148,7 +146,7 @@ def check_control(
             f"{checkpoint.path}: cannot read the ControlNet's sizes, {error} is missing or of another shape.",
             "The file looks truncated; download it again.",
         ) from error
-    with torch.device("meta"):
+    with unfilled():
         branch = ControlBranch(trunk, config)
     return plan, check(branch, plan, source=str(checkpoint.path), hint=_hint), given
 

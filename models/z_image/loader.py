@@ -139,12 +139,11 @@ def check_transformer(
 
 def _without_weights(config: TransformerConfig) -> ZImageTransformer:
     """The network of these sizes on the meta device."""
-    import torch
-
     from models.z_image.omni import OmniTransformer
     from models.z_image.transformer import ZImageTransformer
+    from shared.quant.unfilled import unfilled
 
-    with torch.device("meta"):
+    with unfilled():
         return OmniTransformer(config) if config.siglip_feat_dim else ZImageTransformer(config)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.z_image.cpu_attention import multiplies_bfloat16
 from models.z_image.vae_numbers import computed_in
+from shared.quant.unfilled import unfilled
 
 # diffusers ships no types: its modules are known by the attributes used here.
 Module = Any
@@ -43,7 +44,7 @@ def rounded_decoder(vae: Module, device: torch.device, dtype: torch.dtype = torc
     """
     from diffusers import AutoencoderKL
 
-    with torch.device("meta"):  # where nothing is filled in, to be thrown away
+    with unfilled():  # as nothing is filled in, to be thrown away
         decoder: Module = AutoencoderKL.from_config(vae.config).decoder
     for name, weight in vae.decoder.named_parameters():
         owner, _, parameter = name.rpartition(".")

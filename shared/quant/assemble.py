@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from shared.quant.checkpoint import torch_types
 from shared.quant.formats import Format, check_of, format_of
 from shared.quant.layer_plan import NameMissing, Part, Plan, check, join_name
 
@@ -105,6 +106,11 @@ def _plain(parts: Sequence[Part], suffix: str, dtype: torch.dtype) -> Tensor:
     return torch.cat(_in_order(parts, loaded)).to(dtype)
 
 
+def _types(parts: Sequence[Part]) -> set[torch.dtype]:
+    """In which a plain matrix's numbers are stored."""
+    return {torch_types()[part.layer.tensors["weight"].dtype] for part in parts}
+
+
 def _in_order(parts: Sequence[Part], loaded: Sequence[Tensor]) -> list[Tensor]:
     """The blocks of rows of a parameter, each where it lies, in our order. loaded: what each part holds."""
     blocks = {
@@ -119,9 +125,9 @@ def _apart(parts: Sequence[Part], has_bias: bool, dtype: torch.dtype) -> JoinedL
     """A linear whose blocks of rows stay where the file has them; None where they lie as wanted, or must be copied."""
     from shared.quant.linear import JoinedLinear
 
-    loaded = [part.layer.load("weight")[0] for part in parts]
-    if (len(parts) == 1 and parts[0].in_order) or any(weight.dtype != dtype for weight in loaded):
+    if (len(parts) == 1 and parts[0].in_order) or _types(parts) != {dtype}:
         return None
+    loaded = [part.layer.load("weight")[0] for part in parts]
     blocks = _in_order(parts, loaded)
     biases = _plain(parts, "bias", dtype).chunk(len(blocks)) if has_bias else [None] * len(blocks)
     return JoinedLinear([_plain_linear(rows, bias) for rows, bias in zip(blocks, biases, strict=True)])
@@ -135,9 +141,9 @@ def _halves(parts: Sequence[Part], has_bias: bool, storage: Storage) -> PackedLi
     from shared.quant.packing import Packed
     from shared.quant.packings.half import Half
 
-    loaded = [part.layer.load("weight")[0] for part in parts]
-    if storage.dtype != torch.float32 or any(weight.dtype not in (torch.bfloat16, torch.float16) for weight in loaded):
+    if storage.dtype != torch.float32 or not _types(parts) <= {torch.bfloat16, torch.float16}:
         return None
+    loaded = [part.layer.load("weight")[0] for part in parts]
     blocks = _in_order(parts, loaded)
     if len(parts) == 1 and parts[0].in_order:
         blocks = loaded
@@ -160,9 +166,9 @@ def _other_type(parts: Sequence[Part], has_bias: bool, storage: Storage) -> Pack
     from shared.quant.packing import Packed
     from shared.quant.packings.other_type import OtherType
 
-    loaded = [part.layer.load("weight")[0] for part in parts]
-    if all(weight.dtype == storage.dtype for weight in loaded):
+    if _types(parts) == {storage.dtype}:
         return None
+    loaded = [part.layer.load("weight")[0] for part in parts]
     pieces = loaded if len(parts) == 1 and parts[0].in_order else _in_order(parts, loaded)
     bias = _plain(parts, "bias", storage.dtype) if has_bias else None
     shape = sum(len(piece) for piece in pieces), pieces[0].shape[1]
@@ -227,7 +233,10 @@ def _check(found: Format, part: Part, packed: Packed, later: NumberChecks | None
 def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     from torch import nn
 
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    from shared.quant.unfilled import unfilled
+
+    with unfilled():
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -165,7 +165,7 @@ def _plain(info: TensorInfo) -> Tensor:
     In mmgp's files numbers begin at odd ones. Small tensors are copied then, so that what is taken from them one by one
     lies as the language asks for; a copy of the large ones would be gigabytes, and processors read those bytes as fast.
     """
-    dtype = _torch_types().get(info.dtype)
+    dtype = torch_types().get(info.dtype)
     if dtype is None:
         raise CheckpointError(
             f"{info.file}: {info.name} is {info.dtype}, which this version of torch does not have.",
@@ -180,7 +180,7 @@ def _plain(info: TensorInfo) -> Tensor:
 
 
 @cache
-def _torch_types() -> dict[str, torch.dtype]:
+def torch_types() -> dict[str, torch.dtype]:
     """Our names of number types -> torch's, of those that it has."""
     import torch
 
