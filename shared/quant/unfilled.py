@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-# What reset_parameters() of linears, convolutions and norms comes to.
-_FILL = frozenset((init.kaiming_uniform_, init.uniform_, Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_))
+# What reset_parameters() of linears, convolutions, norms and tables comes to.
+_FILL = frozenset(
+    (init.kaiming_uniform_, init.uniform_, init.normal_, Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_)
+)
 
 
 class _NoNumbers(TorchFunctionMode):
