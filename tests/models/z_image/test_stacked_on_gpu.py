@@ -30,6 +30,7 @@ from shared.quant.kernels.resolve import resolve
 from shared.quant.linear import PackedLinear
 from shared.quant.packings.other_type import OtherType
 from shared.quant.stacked_linear import StackedLinear
+from tests.support.cpu_kernels import skip_where_cpus_lack
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.fake_lane import FakeLane
 from tests.support.garbage import quick_collections
@@ -218,6 +219,8 @@ def test_packed_rows_laid_side_by_side_are_one_product_and_the_joined_rows_to_th
     tmp_path: Path, state: State, gpu: FakeCuda, counts: Counts, name: str, offloader: str
 ) -> None:
     quantize, compute = FORMATS.get(name, (None, "bf16"))
+    if compute == "fp8":
+        skip_where_cpus_lack("torch-fp8")
     path = write_gguf(state, tmp_path / "m.gguf") if quantize is None else write(state, tmp_path / "m", quantize)
     joined, model = (load(path, compute, keep_apart=keep_apart) for keep_apart in (False, True))
     packed = [m for m in joined.modules() if isinstance(m, PackedLinear) and not isinstance(m.packing, OtherType)]
@@ -269,6 +272,7 @@ def test_an_offloader_that_lays_nothing_in_line_gets_the_same_bits(
     pytest.importorskip("mmgp")
     from shared.app.mmgp_engine import MmgpOffload
 
+    skip_where_cpus_lack("torch-fp8")
     path = write(state, tmp_path / "m", fp8_scaled.quantize)
     expected = drawn(load(path, "fp8", keep_apart=True), OFFLOADERS["direct"]())
     counts.clear()

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from shared.quant import svdquant
-from shared.quant.kernels import torch_fp8
 from shared.quant.linear import PackedLinear
 from shared.quant.packing import Packed, join_rows
 from shared.quant.packings import fp8, int8
@@ -75,12 +74,6 @@ def pack_svdq(kind: str = "int4") -> Packed:
     group = 64 if kind == "int4" else 16
     tensors = svdquant.fit(weight(), kind=kind, rank=16, group=group, smooth=smooth, iterations=0, parts=1)  # type: ignore[arg-type]
     return Packed(Svdq(kind), (ROWS, COLUMNS), tensors)  # type: ignore[arg-type]
-
-
-def skip_where_cpus_lack(kernel: str) -> None:
-    """torch 2.11's CPUs have no FP8 product by rows; the kernel says so, and is then tested on GPUs only."""
-    if kernel == "torch-fp8" and (reason := torch_fp8._refusal_of_cpus()):
-        pytest.skip(reason)
 
 
 @pytest.fixture

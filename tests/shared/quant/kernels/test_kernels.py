@@ -34,11 +34,11 @@ from tests.shared.quant.kernels.conftest import (
     pack_mxfp8,
     pack_nvfp4,
     pack_svdq,
-    skip_where_cpus_lack,
     swizzled,
 )
 from tests.shared.quant.packings.test_svdq import random_packed
 from tests.shared.quant.packings.test_svdq_tiles import tiled
+from tests.support.cpu_kernels import skip_where_cpus_lack
 
 CPU = torch.device("cpu")
 

@@ -24,8 +24,8 @@ from tests.shared.quant.kernels.conftest import (
     pack_fp8,
     pack_int8,
     pack_nvfp4,
-    skip_where_cpus_lack,
 )
+from tests.support.cpu_kernels import skip_where_cpus_lack
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 VNNI = {"avx512_vnni": True}
