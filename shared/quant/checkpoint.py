@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.quant.errors import CheckpointError
-from shared.quant.mapping import map_bytes
+from shared.quant.mapping import OpenFile, opened
 
 if TYPE_CHECKING:
     import torch
@@ -131,10 +131,18 @@ class Checkpoint:
         """
         from shared.quant import gguf_file
 
-        wanted = [self.tensors[name] for name in (self.tensors if names is None else names)]
-        gguf = self._gguf_files
-        result = gguf_file.load(info for info in wanted if info.file in gguf)
-        return result | {info.name: _plain(info) for info in wanted if info.file not in gguf}
+        by_file: dict[Path, list[TensorInfo]] = {}
+        for name in self.tensors if names is None else names:
+            info = self.tensors[name]
+            by_file.setdefault(info.file, []).append(info)
+        result: dict[str, Tensor] = {}
+        for file, wanted in by_file.items():
+            with opened(file) as source:
+                if file in self._gguf_files:
+                    result |= gguf_file.load(source, wanted)
+                else:
+                    result |= {info.name: _plain(source, info) for info in wanted}
+        return result
 
     @cached_property
     def _gguf_files(self) -> frozenset[Path]:
@@ -151,15 +159,15 @@ def _gone(info: TensorInfo) -> CheckpointError:
     )
 
 
-def read_mapped(info: TensorInfo) -> Tensor:
+def read_mapped(source: OpenFile, info: TensorInfo) -> Tensor:
     """A tensor's bytes as they lie in its file, uint8 (nbytes,), mapped. Raises CheckpointError if they are gone."""
     try:
-        return map_bytes(info.file, info.offset, info.nbytes)
+        return source.map(info.offset, info.nbytes)
     except ValueError as error:
         raise _gone(info) from error
 
 
-def _plain(info: TensorInfo) -> Tensor:
+def _plain(source: OpenFile, info: TensorInfo) -> Tensor:
     """A safetensors tensor in its own type and shape, at whatever address it has in memory.
 
     In mmgp's files numbers begin at odd ones. Small tensors are copied then, so that what is taken from them one by one
@@ -171,7 +179,7 @@ def _plain(info: TensorInfo) -> Tensor:
             f"{info.file}: {info.name} is {info.dtype}, which this version of torch does not have.",
             "Use another file of the same model.",
         )
-    data = read_mapped(info)
+    data = read_mapped(source, info)
     if info.offset % dtype.itemsize and info.nbytes < MAPPED_ANYWHERE_FROM:
         data = data.clone()
     # Two 4-bit numbers make one element of torch's type.

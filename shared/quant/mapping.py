@@ -15,7 +15,9 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,27 +50,48 @@ _living: dict[int, _Pages] = {}
 def map_bytes(file: Path, offset: int, nbytes: int) -> Tensor:
     """These bytes of a file, uint8 (nbytes,). Raises ValueError where the file ends before them, OSError as the system
     does."""
-    import torch
+    with opened(file) as source:
+        return source.map(offset, nbytes)
 
-    if not nbytes:
-        return torch.empty(0, dtype=torch.uint8)
-    begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    length = offset + nbytes - begin
-    # A stream would take longer than the mapping, and a checkpoint has thousands.
+
+@contextmanager
+def opened(file: Path) -> Iterator[OpenFile]:
+    """A file several of whose tensors are wanted. Raises OSError as the system does."""
+    # A stream would take longer than a mapping, and a checkpoint has thousands.
     descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        if os.fstat(descriptor).st_size < offset + nbytes:
-            raise ValueError(f"{file} ends before byte {offset + nbytes:,}.")
-        if sys.platform == "win32":
-            pages: Any = mmap.mmap(descriptor, length, access=mmap.ACCESS_COPY, offset=begin)
-        else:
-            pages = _map(file, descriptor, begin, length)
+        yield OpenFile(file, descriptor, os.fstat(descriptor).st_size)
     finally:
         os.close(descriptor)
-    tensor = torch.frombuffer(pages, dtype=torch.uint8, offset=offset - begin)  # which keeps the pages
-    _living[tensor.data_ptr()] = _Pages(tensor.data_ptr() - (offset - begin), length)
-    finalize(pages, _let_go, tensor.data_ptr()).atexit = False  # whoever still reads them then shall be able to
-    return tensor
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """What may be mapped as long as it is open; what was mapped outlives that."""
+
+    path: Path
+    descriptor: int
+    nbytes: int
+
+    def map(self, offset: int, nbytes: int) -> Tensor:
+        """See map_bytes()."""
+        import torch
+
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        if self.nbytes < offset + nbytes:
+            raise ValueError(f"{self.path} ends before byte {offset + nbytes:,}.")
+        begin = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        length = offset + nbytes - begin
+        if sys.platform == "win32":
+            pages: Any = mmap.mmap(self.descriptor, length, access=mmap.ACCESS_COPY, offset=begin)
+        else:
+            pages = _map(self.path, self.descriptor, begin, length)
+        tensor = torch.frombuffer(pages, dtype=torch.uint8, offset=offset - begin)  # which keeps the pages
+        start = tensor.data_ptr()
+        _living[start] = _Pages(start - (offset - begin), length)
+        finalize(pages, _let_go, start).atexit = False  # whoever still reads them then shall be able to
+        return tensor
 
 
 def is_mapped(tensor: Tensor) -> bool:

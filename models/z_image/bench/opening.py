@@ -7,7 +7,8 @@ programs do with a file that is in the page cache, not the disk. Memory mapped f
 not count (RssAnon; Linux tells it, elsewhere it is left out).
 
     seconds             of an opening in a process that has opened it before; first_seconds: in one that has not, what
-                        is imported by then not counted. The peers' rows are the least of three processes
+                        is imported by then not counted. The rows with peers are the least of three
+                        processes
     of_limit            percent of 0.1 s + 0.02 s/GB that opening takes
     checked_seconds     looking through scales, which is done beside the first picture (shared/quant/number_checks.py)
     used_seconds        laying every weight out for the CPU's kernels, which is done where a layer is first used; and
@@ -34,7 +35,7 @@ from models.z_image.config import TransformerConfig
 
 # Blocks of the shorter file: some peers copy it into memory, which 12 GB would not leave room for everywhere.
 _FEW_LAYERS = 8
-RUNS = 3
+RUNS, PROCESSES = 7, 3
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PROGRAM = Path(__file__).resolve().parents[3]
 FOR_A_GPU, TEXT_ENCODER, VAE = "ours for a GPU", "our text encoder", "our VAE"
@@ -64,7 +65,7 @@ def opening(
             path.with_name("config.json").write_text(json.dumps(config.as_diffusers()), encoding="utf-8")
             for who in ("ours", "P1", "P6") if layout == "diffusers" else ("ours",):
                 if stand.wants(who):
-                    _record(stand, f"{name}, {layout} names", who, path, gigabytes, processes=RUNS)
+                    _record(stand, f"{name}, {layout} names", who, path, gigabytes, processes=PROCESSES)
             path.unlink()
     config = next(iter(sizes.values()))
     for name, kind in sparse_files.KINDS.items():

@@ -209,7 +209,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
     """These tensors in a file, as long as it would be; its length in bytes."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, stored in tensors.items():
+    # As the safetensors library orders them, so that all numbers begin at multiples of their size.
+    for name, stored in sorted(tensors.items(), key=lambda given: (-_ITEM[given[1].dtype], given[0])):
         begin, end = end, end + stored.nbytes
         header[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()

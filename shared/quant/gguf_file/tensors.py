@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 from shared.quant.checkpoint import Checkpoint, TensorInfo, read_mapped
 from shared.quant.errors import CheckpointError
 from shared.quant.gguf_file.types import BLOCKS, PREFIX, torch_types
+from shared.quant.mapping import OpenFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    """Tensors of GGUF files by name, mapped from disk (mapping.py).
+def load(source: OpenFile, infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
+    """Tensors of a GGUF file by name, mapped from disk (mapping.py).
 
     Plain numbers come in their type and shape. Packed matrices come as uint8 (rows, bytes per row), or, where a block
     runs past the end of a row, as (blocks, bytes per block). Other packed tensors are unpacked to float32.
     """
     result: dict[str, Tensor] = {}
     for info in infos:
-        data = read_mapped(info)
+        data = read_mapped(source, info)
         if info.stored:
             result[info.name] = _unpack(data, info)
         elif info.dtype.startswith(PREFIX):
