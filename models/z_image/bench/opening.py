@@ -7,8 +7,7 @@ programs do with a file that is in the page cache, not the disk. Memory mapped f
 not count (RssAnon; Linux tells it, elsewhere it is left out).
 
     seconds             of an opening in a process that has opened it before; first_seconds: in one that has not, what
-                        is imported by then not counted. The rows with peers are the least of three
-                        processes
+                        is imported by then not counted. The rows with peers are the least of three processes
     of_limit            percent of 0.1 s + 0.02 s/GB that opening takes
     checked_seconds     looking through scales, which is done beside the first picture (shared/quant/number_checks.py)
     used_seconds        laying every weight out for the CPU's kernels, which is done where a layer is first used; and
